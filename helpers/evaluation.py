@@ -1,0 +1,221 @@
+"""Predictions, the same for every approach, and what is computed from them.
+
+After `Predictions` nothing knows which approach it came from: the same metric code for all makes the comparison fair.
+Chapter 06 explains the statistics.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import bootstrap
+from sklearn.metrics import accuracy_score, f1_score
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from helpers.errors import BookError
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What an approach says about the documents of a test set, and what it cost.
+
+    Attributes:
+        approach: its name in tables and figures.
+        labels: the label names, in the order of the columns of `probabilities`.
+        probabilities: shape (n_documents, n_labels); every row sums to 1.
+        gold: shape (n_documents,), the true label of each document as an index into `labels`.
+        seconds: wall-clock time of predicting all documents, tokenization included.
+        training_seconds: wall-clock time of training.
+        trainable_parameters: numbers that training changed.
+        tokens: the model read while predicting, padding left out; 0 for approaches without a tokenizer.
+        peak_memory: bytes of GPU memory in use at most; None on a CPU.
+
+    Raises:
+        BookError: shapes that do not match, rows that are no probabilities, gold labels outside `labels`.
+    """
+
+    approach: str
+    labels: tuple[str, ...]
+    probabilities: np.ndarray
+    gold: np.ndarray
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    trainable_parameters: int = 0
+    tokens: int = 0
+    peak_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probabilities", np.asarray(self.probabilities, dtype=float))
+        object.__setattr__(self, "gold", np.asarray(self.gold, dtype=int))
+        expected = (len(self.gold), len(self.labels))
+        if self.probabilities.shape != expected:
+            raise BookError(
+                f"{self.approach}: probabilities have the shape {self.probabilities.shape}, expected {expected} "
+                "(n_documents, n_labels)."
+            )
+        if len(self.gold) == 0:
+            raise BookError(f"{self.approach}: there is no document to evaluate. Give it a test set.")
+        wrong = ~np.isclose(self.probabilities.sum(axis=1), 1, atol=1e-3) | (self.probabilities < 0).any(axis=1)
+        if wrong.any():  # NaN is never close to 1, so it is caught here too
+            row = int(np.flatnonzero(wrong)[0])
+            raise BookError(
+                f"{self.approach}: row {row} is no probability distribution ({self.probabilities[row]}). Use softmax."
+            )
+        if self.gold.min() < 0 or self.gold.max() >= len(self.labels):
+            raise BookError(f"{self.approach}: gold labels run to {self.gold.max()}, but there are {len(self.labels)} labels.")
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The most probable label of each document, shape (n_documents,)."""
+        return self.probabilities.argmax(axis=1)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Which documents are right, shape (n_documents,), bool."""
+        return self.predicted == self.gold
+
+    @property
+    def documents_per_second(self) -> float:
+        """Throughput of predicting, at whatever batch size the approach used."""
+        return len(self.gold) / self.seconds if self.seconds else float("nan")
+
+
+@contextlib.contextmanager
+def measure() -> Iterator[SimpleNamespace]:
+    """Time a block, and its peak GPU memory where there is a GPU.
+
+    >>> with measure() as cost:
+    ...     trainer.train()
+    >>> cost.seconds, cost.peak_memory
+    """
+    gpu = torch.cuda.is_available()
+    cost = SimpleNamespace(seconds=0.0, peak_memory=None)
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    yield cost
+    if gpu:
+        torch.cuda.synchronize()
+        cost.peak_memory = torch.cuda.max_memory_allocated()
+    cost.seconds = time.perf_counter() - start
+
+
+def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+    """Accuracy with its Wilson interval and macro-F1 with its bootstrap interval (percentile, over documents).
+
+    Both intervals say how much the score would move on another test set of the same size, for this one trained model.
+    They say nothing about another training set or seed.
+
+    Returns:
+        `accuracy`, `accuracy_low`, `accuracy_high`, `macro_f1`, `macro_f1_low`, `macro_f1_high`, all in 0..1.
+    """
+    gold, predicted = predictions.gold, predictions.predicted
+    n_labels = len(predictions.labels)
+    low, high = proportion_confint(int(predictions.correct.sum()), len(gold), alpha=1 - confidence, method="wilson")
+
+    def macro_f1(sample_gold: np.ndarray, sample_predicted: np.ndarray) -> float:
+        return f1_score(sample_gold, sample_predicted, labels=range(n_labels), average="macro", zero_division=0)
+
+    interval = bootstrap(
+        (gold, predicted),
+        macro_f1,
+        paired=True,
+        vectorized=False,
+        method="percentile",
+        confidence_level=confidence,
+        n_resamples=n_resamples,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return {
+        "accuracy": accuracy_score(gold, predicted),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "macro_f1": macro_f1(gold, predicted),
+        "macro_f1_low": interval.low,
+        "macro_f1_high": interval.high,
+    }
+
+
+def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> dict[str, float]:
+    """Is `a` more accurate than `b` on the same documents? Paired, because both were asked about each of them.
+
+    Returns:
+        `difference` in accuracy (a - b, in -1..1) with its paired bootstrap interval `low`, `high`; `only_a` and `only_b`,
+        the documents that just one of them gets right; `p_value` of the exact McNemar test on these two counts.
+
+    Raises:
+        BookError: the two do not have the same gold labels, so they are not about the same documents.
+    """
+    if a.labels != b.labels or not np.array_equal(a.gold, b.gold):
+        raise BookError(f"{a.approach} and {b.approach} were not tested on the same documents: compare them on one test set.")
+    both, only_a = int((a.correct & b.correct).sum()), int((a.correct & ~b.correct).sum())
+    only_b, neither = int((~a.correct & b.correct).sum()), int((~a.correct & ~b.correct).sum())
+    difference = a.correct.astype(int) - b.correct.astype(int)
+    low = high = float(difference[0])
+    if np.ptp(difference):  # the bootstrap is not defined for a constant
+        interval = bootstrap(
+            (difference,),
+            np.mean,
+            method="percentile",
+            confidence_level=confidence,
+            n_resamples=n_resamples,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+        low, high = interval.low, interval.high
+    return {
+        "difference": difference.mean(),
+        "low": low,
+        "high": high,
+        "only_a": only_a,
+        "only_b": only_b,
+        "p_value": mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue,
+    }
+
+
+def table(results: Iterable[Predictions]) -> pd.DataFrame:
+    """One row for each approach: accuracy and macro-F1 in percent with 95 % intervals, and cost.
+
+    Returns:
+        A DataFrame indexed by approach; figures in the numeric columns are unrounded, so format it for display
+        with `show`.
+    """
+    rows = []
+    for predictions in results:
+        metrics = {name: 100 * value for name, value in evaluate(predictions).items()}
+        rows.append(
+            {
+                "approach": predictions.approach,
+                **metrics,
+                "trainable_parameters": predictions.trainable_parameters,
+                "training_seconds": predictions.training_seconds,
+                "documents_per_second": predictions.documents_per_second,
+            }
+        )
+    return pd.DataFrame(rows).set_index("approach")
+
+
+def show(results: pd.DataFrame) -> pd.DataFrame:
+    """`table` as a reader wants to see it: scores with their intervals in brackets, whole numbers with commas."""
+
+    def interval(name: str) -> pd.Series:
+        return results.apply(lambda row: f"{row[name]:.1f} [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]", axis=1)
+
+    def rounded(value: float) -> str:
+        return "—" if np.isnan(value) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+    return pd.DataFrame(
+        {
+            "accuracy, % [95 % interval]": interval("accuracy"),
+            "macro-F1, % [95 % interval]": interval("macro_f1"),
+            "trainable parameters": results["trainable_parameters"].map("{:,}".format),
+            "training, s": results["training_seconds"].map(rounded),
+            "documents/s": results["documents_per_second"].map(rounded),
+        }
+    )

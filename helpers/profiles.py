@@ -1,0 +1,81 @@
+"""`quick` on a laptop, `full` on a GPU: the same cells, one switch.
+
+The switch is the hardware; the environment variable BOOK_PROFILE overrides it.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+
+import datasets
+import torch
+import transformers
+from transformers import BitsAndBytesConfig
+
+from helpers.errors import BookError, unknown_name
+
+PROFILE_VARIABLE = "BOOK_PROFILE"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What the hardware decides.
+
+    Attributes:
+        name: `quick` (any CPU) or `full` (one CUDA GPU).
+        device: where the model lies, for `device_map`.
+        dtype: of the weights that are not quantized, and of the computation.
+        quantization: passed as `quantization_config=`; None on a CPU, where 4-bit training is slower and not smaller
+            than the float32 it saves (chapter 02 measures it).
+    """
+
+    name: str
+    device: str
+    dtype: torch.dtype
+    quantization: BitsAndBytesConfig | None = None
+
+    def __str__(self) -> str:
+        where = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        how = "NF4, double quantization" if self.quantization else "no quantization"
+        return f"profile {self.name}: {where}, {str(self.dtype).removeprefix('torch.')}, {how}"
+
+
+def current() -> Profile:
+    """The profile for this machine, or the one BOOK_PROFILE names.
+
+    Raises:
+        BookError: BOOK_PROFILE is neither quick nor full, or asks for full where there is no GPU.
+    """
+    gpu = torch.cuda.is_available()
+    name = os.environ.get(PROFILE_VARIABLE) or ("full" if gpu else "quick")
+    if name not in ("quick", "full"):
+        raise unknown_name("profile", name, ("quick", "full"))
+    if name == "quick":
+        return Profile("quick", "cpu", torch.float32)
+    if not gpu:
+        raise BookError(f"{PROFILE_VARIABLE}=full needs a CUDA GPU and none is visible. Unset it to run the quick profile.")
+    # Without native bfloat16 (a T4, say) float32 is the safe choice: float16 overflows in some models and needs loss scaling.
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return Profile(
+        "full",
+        "cuda",
+        dtype,
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+
+
+def start(seed: int = 0) -> Profile:
+    """First call of every chapter: seed everything, silence loading bars, print and return the profile."""
+    transformers.set_seed(seed)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # a DataLoader without a GPU
+    profile = current()
+    print(profile)
+    return profile
