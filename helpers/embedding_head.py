@@ -16,6 +16,7 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -131,7 +132,7 @@ class EmbeddingHead:
             model = get_peft_model(model, base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers))
             train = Dataset.from_dict({**self.tokenizer(texts), "label": task.train["label"]})
             with tempfile.TemporaryDirectory() as scratch:
-                Trainer(
+                trainer = Trainer(
                     model=model,
                     args=TrainingArguments(
                         output_dir=scratch,
@@ -147,7 +148,9 @@ class EmbeddingHead:
                     ),
                     train_dataset=train,
                     data_collator=DataCollatorWithPadding(self.tokenizer),
-                ).train()
+                )
+                trainer.remove_callback(PrinterCallback)
+                trainer.train()
         self.model = model.eval()
         return self
 

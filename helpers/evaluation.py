@@ -64,9 +64,7 @@ class Predictions:
         wrong = ~np.isclose(self.probabilities.sum(axis=1), 1, atol=1e-3) | (self.probabilities < 0).any(axis=1)
         if wrong.any():  # NaN is never close to 1, so it is caught here too
             row = int(np.flatnonzero(wrong)[0])
-            raise BookError(
-                f"{self.approach}: row {row} is no probability distribution ({self.probabilities[row]}). Use softmax."
-            )
+            raise BookError(f"{self.approach}: row {row} is no probability distribution ({self.probabilities[row]}): softmax it.")
         if self.gold.min() < 0 or self.gold.max() >= len(self.labels):
             raise BookError(f"{self.approach}: gold labels run to {self.gold.max()}, but there are {len(self.labels)} labels.")
 
@@ -117,17 +115,22 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
         `accuracy`, `accuracy_low`, `accuracy_high`, `macro_f1`, `macro_f1_low`, `macro_f1_high`, all in 0..1.
     """
     gold, predicted = predictions.gold, predictions.predicted
-    n_labels = len(predictions.labels)
     low, high = proportion_confint(int(predictions.correct.sum()), len(gold), alpha=1 - confidence, method="wilson")
 
-    def macro_f1(sample_gold: np.ndarray, sample_predicted: np.ndarray) -> float:
-        return f1_score(sample_gold, sample_predicted, labels=range(n_labels), average="macro", zero_division=0)
+    def macro_f1(gold: np.ndarray, predicted: np.ndarray, axis: int = -1) -> np.ndarray:
+        """scikit-learn's macro-F1 over all resamples at once: 2 · both / (gold + predicted), averaged over labels."""
+        per_label = []
+        for label in range(len(predictions.labels)):
+            is_gold, is_predicted = gold == label, predicted == label
+            total = is_gold.sum(axis=axis) + is_predicted.sum(axis=axis)
+            per_label.append(2 * (is_gold & is_predicted).sum(axis=axis) / np.maximum(total, 1))
+        return np.mean(per_label, axis=0)
 
     interval = bootstrap(
         (gold, predicted),
         macro_f1,
         paired=True,
-        vectorized=False,
+        vectorized=True,
         method="percentile",
         confidence_level=confidence,
         n_resamples=n_resamples,
@@ -137,7 +140,7 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
         "accuracy": accuracy_score(gold, predicted),
         "accuracy_low": low,
         "accuracy_high": high,
-        "macro_f1": macro_f1(gold, predicted),
+        "macro_f1": f1_score(gold, predicted, labels=range(len(predictions.labels)), average="macro", zero_division=0),
         "macro_f1_low": interval.low,
         "macro_f1_high": interval.high,
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, profiles
@@ -74,6 +74,25 @@ def score_labels(
     return scores
 
 
+class LabelTokensTrainer(SFTTrainer):
+    """SFTTrainer whose loss touches the label's positions only: the same loss and gradients, about half the time on a CPU.
+
+    On a GPU, TRL 1.16 projects just the positions that have a label onto the vocabulary. On a CPU it projects every
+    position, and for SmolLM2 that costs as much as all the rest of a training step.
+    """
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy, summed over the label tokens and divided by their number in the whole (accumulated) batch."""
+        causal_lm = self.accelerator.unwrap_model(model).get_base_model()
+        labels = inputs["labels"][:, 1:]
+        hidden = causal_lm.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        kept = labels != -100
+        logits = causal_lm.get_output_embeddings()(hidden.last_hidden_state[:, :-1][kept])
+        total = torch.nn.functional.cross_entropy(logits.float(), labels[kept], reduction="sum")
+        loss = total / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
 @dataclass
 class InstructionTuned:
     """Text + suffix → label as text, trained with SFTTrainer on the label's tokens alone, read by scoring labels.
@@ -124,7 +143,8 @@ class InstructionTuned:
         }
         longest = max(map(len, self.tokenizer([p + c for p, c in zip(*examples.values(), strict=True)]).input_ids))
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = SFTTrainer(
+            trainer_class = SFTTrainer if profile.device == "cuda" else LabelTokensTrainer
+            trainer = trainer_class(
                 model=self.model,
                 args=SFTConfig(
                     output_dir=scratch,
@@ -150,6 +170,7 @@ class InstructionTuned:
                     f"TRL kept {len(trainer.train_dataset)} of {len(task.train)} training documents: the others have no "
                     "room for their label. Shorten the documents (`tasks.load(…, shorten=…)`)."
                 )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
             self.model = trainer.model
 

@@ -208,7 +208,7 @@ def _choose(rest: np.ndarray, gold: np.ndarray, per_class: int, labels: tuple[st
         available = rest[gold[rest] == label]
         if len(available) < per_class:
             raise BookError(
-                f"{name}: label {label_name!r} has {len(available)} documents left for training, per_class={per_class} needs more. "
+                f"{name}: label {label_name!r} has {len(available)} training documents left, fewer than per_class={per_class}. "
                 "Lower per_class, n_validation or n_test."
             )
         chosen.append(generator.choice(available, per_class, replace=False))
