@@ -3,12 +3,16 @@
 Alt text belongs to the cell that shows the figure (`alt_text`), because only the chapter knows what it should say.
 """
 
+import base64
+import html as markup
 import io
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from IPython.display import HTML
+from IPython.core.formatters import format_display_data
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 PALETTE = "colorblind"
@@ -54,11 +58,17 @@ def dot_plot(results: pd.DataFrame, metric: str = "accuracy", highlight: tuple[s
 
 def with_alt_text(figure: Figure, alt_text: str) -> HTML:
     """The figure as an image that carries its own alt text, for Jupyter, Colab and the site alike."""
-    import base64
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
-    escaped = alt_text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return HTML(f'<img src="data:image/png;base64,{data}" alt="{escaped}" style="max-width:100%">')
+    return HTML(f'<img src="data:image/png;base64,{data}" alt="{markup.escape(alt_text)}" style="max-width:100%">')
+
+
+def keep(name: str, value: Any) -> None:
+    """Show `value` and keep it under `name`, so that other pages can paste it: `{glue} name` with `:doc:`.
+
+    What `myst_nb.glue` does, without asking a reader of one chapter to install what builds the site.
+    """
+    data, metadata = format_display_data(value)
+    display(data, raw=True, metadata={**metadata, "scrapbook": {"name": name, "mime_prefix": ""}})

@@ -1,0 +1,194 @@
+"""The book itself: chapter template, Colab cells, pins, configuration, and that the site builds."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+URL = CONFIG["repository"]["url"]
+COMMANDS = {
+    "build": "pip install -r requirements.txt && jupyter-book build .",
+    "test": "pip install -r requirements.txt && pytest",
+}
+
+every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def section(notebook, heading):
+    """All Markdown under a heading, in cells and in Markdown outputs, up to the next heading of that level."""
+    text = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text += cell.source + "\n"
+        for output in cell.get("outputs", []):
+            text += "".join(output.get("data", {}).get("text/markdown", "")) + "\n"
+    match = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert match, f"no heading '## {heading}'"
+    return match.group(1)
+
+
+def output_texts(notebook):
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            yield output.get("text", "")
+            yield json.dumps({kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")})
+
+
+def test_there_are_chapters():
+    assert CHAPTERS
+
+
+@every_chapter
+def test_template(path):
+    notebook = read(path)
+    first = notebook.cells[0].source
+    assert re.match(r"# \S", first)
+    assert re.search(r"^\*\*Prerequisites:\*\* \S", first, re.M)
+    time = re.search(r"^\*\*Time:\*\*(.*?)(?=\n\n|\Z)", first, re.M | re.S).group(1)
+    assert "CPU" in time and "GPU" in time
+    for heading in ("What you will learn", "What we saw"):
+        assert len(re.findall(r"^- ", section(notebook, heading), re.M)) == 3, heading
+    exercises = section(notebook, "Exercises")
+    assert len(re.findall(r"^\*\*\d+\.\*\*", exercises, re.M)) >= 3
+    assert exercises.count("{admonition} Solution") == len(re.findall(r"^\*\*\d+\.\*\*", exercises, re.M))
+    assert len(re.findall(r"^- ", section(notebook, "References"), re.M)) >= 1
+    assert any("{admonition} Predict" in cell.source for cell in notebook.cells)
+
+
+@every_chapter
+def test_executed_once_in_order_with_outputs(path):
+    cells = [cell for cell in code_cells(read(path)) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(cell.outputs) for cell in cells) >= len(cells) / 2
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+
+
+@every_chapter
+def test_outputs_are_clean(path):
+    assert path.stat().st_size < 300_000
+    for text in output_texts(read(path)):
+        for unwanted in ("Warning", "WARNING", "it/s]", "s/it]", "Traceback", "/tmp/", "/work/", "/home/", "/root/", "100%|"):
+            assert unwanted not in text, (unwanted, text[:200])
+
+
+@every_chapter
+def test_figures_have_alt_text(path):
+    for cell in code_cells(read(path)):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            bare = {"image/png", "image/svg+xml", "image/jpeg"} & set(data)
+            assert not bare, "show figures with helpers.plots.with_alt_text"
+            for tag in re.findall(r"<img [^>]*>", "".join(data.get("text/html", ""))):
+                assert len(re.search(r'alt="([^"]*)"', tag).group(1)) > 30
+
+
+@every_chapter
+def test_some_outputs_are_compared(path):
+    assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in code_cells(read(path)))
+
+
+@every_chapter
+def test_colab_cell_fetches_this_book_and_leaves_torch_alone(path):
+    cell = code_cells(read(path))[0].source
+    assert f"git clone --quiet --depth 1 {URL} " in cell
+    command = re.search(r"!(sed .*?) \|", cell).group(1).replace("../requirements.txt", "requirements.txt")
+    kept = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installed = [line for line in kept.splitlines() if line and not line.startswith("#")]
+    assert not any(re.match(r"torch\b", line) for line in installed)
+    pins = set((ROOT / "requirements.txt").read_text().splitlines())
+    assert {"transformers", "trl", "peft", "bitsandbytes"} <= {line.split("==")[0] for line in installed}
+    assert set(installed) < pins
+    assert not any(line.startswith(("jupyter-book", "ipython")) for line in installed)
+
+
+def test_every_requirement_is_pinned_once_and_installed_as_pinned():
+    from importlib.metadata import version
+
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    names = [line.split("==")[0].lower().replace("_", "-") for line in lines]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    assert len(names) == len(set(names))
+    for line in lines[:30]:
+        name, pinned = line.split("==")
+        assert version(name).split("+")[0] == pinned
+
+
+def test_address_is_the_same_everywhere():
+    assert f'repository-code: "{URL}"' in (ROOT / "CITATION.cff").read_text()
+    addresses = {
+        address
+        for path in CHAPTERS
+        for cell in read(path).cells
+        for address in re.findall(r"git clone [^\n]*?(https://\S+)", cell.source)
+    }
+    assert addresses == {URL}
+
+
+def test_readme_and_ci_give_the_two_commands():
+    readme = (ROOT / "README.md").read_text()
+    blocks = [block.strip() for block in re.findall(r"```bash\n(.*?)```", readme, re.S)]
+    assert blocks[:2] == [COMMANDS["build"], COMMANDS["test"]]
+    assert COMMANDS["test"] in (ROOT / ".ci" / "run").read_text().splitlines()
+    workflow = (ROOT / ".github" / "workflows" / "book.yml").read_text()
+    assert all(f"- run: {command}\n" in workflow for command in COMMANDS.values())
+
+
+def test_toc_lists_every_chapter_and_only_the_quickstart_runs():
+    listed = re.findall(r"file: (\S+)", (ROOT / "_toc.yml").read_text())
+    assert {f"book/{path.stem}" for path in CHAPTERS} <= set(listed)
+    excluded = CONFIG["execute"]["exclude_patterns"]
+    live = [path.name for path in CHAPTERS if not any(path.relative_to(ROOT).match(pattern) for pattern in excluded)]
+    assert live == ["00_quickstart.ipynb"]
+    assert CONFIG["execute"]["execute_notebooks"] == "force"
+
+
+def test_style():
+    for command in (["check"], ["format", "--check"]):
+        result = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout
+
+
+def build(folder, out, *options):
+    command = [sys.executable, "-m", "jupyter_book", "build", str(folder), "--path-output", str(out), *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_site_builds_from_stored_outputs_without_a_warning(tmp_path):
+    config = json.loads(json.dumps(CONFIG))
+    config["execute"]["execute_notebooks"] = "off"
+    (tmp_path / "_config.yml").write_text(yaml.safe_dump(config))
+    result = build(ROOT, tmp_path, "--config", str(tmp_path / "_config.yml"), "-W", "-n", "--keep-going")
+    assert result.returncode == 0, result.stderr[-2000:]
+    html = tmp_path / "_build" / "html" / "book"
+    for path in CHAPTERS:
+        page = (html / f"{path.stem}.html").read_text()
+        assert f"blob/main/book/{path.name}" in page  # the Colab button
+    index = (html / "index.html").read_text()
+    assert 'alt="Dot plot' in index and "embedding head + LoRA" in index  # pasted from the quickstart
+
+
+def test_a_failing_cell_fails_the_build(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Page"), nbformat.v4.new_code_cell("1 / 0")])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, tmp_path / "page.ipynb")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    result = build(tmp_path, tmp_path / "out")
+    assert result.returncode != 0
+    assert "ZeroDivisionError" in result.stdout + result.stderr
