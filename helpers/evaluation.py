@@ -205,20 +205,22 @@ def table(results: Iterable[Predictions]) -> pd.DataFrame:
 
 
 def show(results: pd.DataFrame) -> pd.DataFrame:
-    """`table` as a reader wants to see it: scores with their intervals in brackets, whole numbers with commas."""
+    """`table` as a reader wants to see it: scores in percent with their 95 % intervals, whole numbers with commas."""
 
     def interval(name: str) -> pd.Series:
-        return results.apply(lambda row: f"{row[name]:.1f} [{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]", axis=1)
+        return results.apply(lambda row: f"{row[f'{name}_low']:.1f} – {row[f'{name}_high']:.1f}".replace(" ", "\xa0"), axis=1)
 
     def rounded(value: float) -> str:
         return "—" if np.isnan(value) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
 
     return pd.DataFrame(
         {
-            "accuracy, % [95 % interval]": interval("accuracy"),
-            "macro-F1, % [95 % interval]": interval("macro_f1"),
-            "trainable parameters": results["trainable_parameters"].map("{:,}".format),
-            "training, s": results["training_seconds"].map(rounded),
+            "accuracy %": results["accuracy"].map("{:.1f}".format),
+            "95 % interval": interval("accuracy"),
+            "macro-F1 %": results["macro_f1"].map("{:.1f}".format),
+            "95 % interval ": interval("macro_f1"),
+            "trained numbers": results["trainable_parameters"].map("{:,}".format),
+            "training s": results["training_seconds"].map(rounded),
             "documents/s": results["documents_per_second"].map(rounded),
         }
-    )
+    ).rename_axis(None)

@@ -13,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.core.formatters import format_display_data
 from IPython.display import HTML, display
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 PALETTE = "colorblind"
@@ -71,4 +72,6 @@ def keep(name: str, value: Any) -> None:
     What `myst_nb.glue` does, without asking a reader of one chapter to install what builds the site.
     """
     data, metadata = format_display_data(value)
+    if "text/markdown" in data:  # another page can paste HTML, but not Markdown
+        data["text/html"] = MarkdownIt().render(data["text/markdown"])
     display(data, raw=True, metadata={**metadata, "scrapbook": {"name": name, "mime_prefix": ""}})
