@@ -89,7 +89,7 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
 def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int | None) -> LoraConfig:
     """LoRA with alpha = 2 · rank on every linear layer of the upper `n_layers` blocks (all blocks if None).
 
-    The linear layers are named one by one: with `target_modules="all-linear"`, PEFT ignores `layers_to_transform`.
+    The linear layers are named one by one, because PEFT does not take `layers_to_transform` with `target_modules="all-linear"`.
     What lies below the lowest adapter needs no backward pass, which is what makes the quick profile quick.
 
     Args:

