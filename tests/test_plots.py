@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import seaborn as sns
+from IPython.display import Markdown
 from matplotlib.colors import same_color
 
 from helpers.plots import dot_plot, keep, with_alt_text
@@ -86,3 +87,10 @@ def test_keep_shows_the_value_under_its_name(monkeypatch):
     ((data, raw, metadata),) = shown
     assert data["text/plain"] == "42" and raw
     assert metadata["scrapbook"] == {"name": "answer", "mime_prefix": ""}
+
+
+def test_kept_markdown_can_be_pasted_as_html(monkeypatch):
+    shown = []
+    monkeypatch.setattr("helpers.plots.display", lambda data, raw, metadata: shown.append(data))
+    keep("answer", Markdown("**42** documents"))
+    assert shown[0]["text/html"].strip() == "<p><strong>42</strong> documents</p>"
