@@ -54,7 +54,9 @@ class TfidfSvm:
         """Vocabulary, weights and separating planes from `task.train`."""
         self.labels = task.labels
         with measure() as self._cost:
-            self._model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(C=self.C))
+            self._model = make_pipeline(
+                TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(C=self.C, random_state=0)
+            )
             self._model.fit(task.train["text"], task.train["label"])
         return self
 

@@ -113,8 +113,13 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
 
     Returns:
         `accuracy`, `accuracy_low`, `accuracy_high`, `macro_f1`, `macro_f1_low`, `macro_f1_high`, all in 0..1.
+
+    Raises:
+        BookError: there is only one document.
     """
     gold, predicted = predictions.gold, predictions.predicted
+    if len(gold) < 2:
+        raise BookError(f"{predictions.approach}: one document gives no interval. Evaluate on more.")
     low, high = proportion_confint(int(predictions.correct.sum()), len(gold), alpha=1 - confidence, method="wilson")
 
     def macro_f1(gold: np.ndarray, predicted: np.ndarray, axis: int = -1) -> np.ndarray:

@@ -58,14 +58,17 @@ def score_labels(
     scores = torch.empty(len(prompts), len(labels))
     for rows, batch in base_models.batches(prompts, tokenizer, batch_size, side="left"):
         batch = batch.to(model.device)
-        logits = model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)  # left padding does not count, also in GPT-2
+        logits = model(**batch, position_ids=positions, logits_to_keep=1, use_cache=False).logits[:, -1].float()
         scores[rows] = logits.log_softmax(-1)[:, [label[0] for label in ids]].cpu()
         for column, label in enumerate(ids):
             if len(label) > 1:
                 tail = torch.tensor(label, device=model.device).repeat(len(rows), 1)
+                mask = torch.cat([batch.attention_mask, torch.ones_like(tail[:, :-1])], dim=1)
                 logits = model(
                     input_ids=torch.cat([batch.input_ids, tail[:, :-1]], dim=1),
-                    attention_mask=torch.cat([batch.attention_mask, torch.ones_like(tail[:, :-1])], dim=1),
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                     logits_to_keep=len(label) - 1,
                     use_cache=False,
                 ).logits.float()
@@ -83,13 +86,15 @@ class LabelTokensTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, summed over the label tokens and divided by their number in the whole (accumulated) batch."""
-        causal_lm = self.accelerator.unwrap_model(model).get_base_model()
-        labels = inputs["labels"][:, 1:]
-        hidden = causal_lm.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        kept = labels != -100
-        logits = causal_lm.get_output_embeddings()(hidden.last_hidden_state[:, :-1][kept])
-        total = torch.nn.functional.cross_entropy(logits.float(), labels[kept], reduction="sum")
-        loss = total / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
+        kept = inputs["labels"][:, 1:] != -100
+        columns = kept.any(0).nonzero().squeeze(1)  # positions at which some row has a label to predict
+        kept = kept[:, columns]
+        logits = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=columns, use_cache=False
+        ).logits[kept]
+        labels = inputs["labels"][:, 1:][:, columns][kept]
+        total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+        loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"logits": logits}) if return_outputs else loss
 
 

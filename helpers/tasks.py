@@ -34,7 +34,7 @@ class Task:
 
     Raises:
         BookError: a missing column, an empty split, a text that is empty or no string, a label outside `labels`, equal or
-            empty label names, a label in validation or test that training never saw, or the same text in two splits.
+            empty label names, a label that training never saw, or the same text in two splits (but for case and white space).
     """
 
     name: str
@@ -50,7 +50,7 @@ class Task:
             documents = getattr(self, split)
             _check_split(f"{self.name}, {split}", documents, self.labels)
             for row, text in enumerate(documents["text"]):
-                other = first_seen.setdefault(text, split)
+                other = first_seen.setdefault(_normalised(text), split)
                 if other != split:
                     raise BookError(
                         f"{self.name}: {split} row {row} has the same text as a row of {other} ({_excerpt(text)}). "
@@ -64,6 +64,9 @@ class Task:
                         f"{self.name}: {split} row {row} has label {self.labels[label]!r}, which no training document has. "
                         "Add training documents of that label, or drop it from every split."
                     )
+        for label, name in enumerate(self.labels):
+            if label not in seen:
+                raise BookError(f"{self.name}: no document at all has the label {name!r}. Take it out of `labels`.")
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents of each label in each split, as `{split: {label: n}}`."""
@@ -137,7 +140,7 @@ def remove_duplicates(documents: list[tuple[str, str]]) -> list[tuple[str, str]]
     """
     kept: dict[str, tuple[str, str]] = {}
     for text, label in documents:
-        key = " ".join(text.lower().split())
+        key = _normalised(text)
         first = kept.setdefault(key, (text, label))
         if first[1] != label:
             raise BookError(
@@ -163,7 +166,12 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
         head = text[: len(text) - len(words[n])] if len(words) > n else text
         encoded = tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
-        return head.rstrip() if len(offsets) <= n else head[: offsets[n - 1][1]]
+        if len(offsets) <= n:
+            return head.rstrip()
+        kept = n
+        while kept and offsets[kept][0] < offsets[kept - 1][1]:  # a character of several tokens stays whole or goes
+            kept -= 1
+        return head[: offsets[kept - 1][1]] if kept else ""
 
     return shorten
 
@@ -220,9 +228,9 @@ def _check_label_names(name: str, labels: tuple[str, ...]) -> None:
         raise BookError(f"{name} has {len(labels)} label(s): classification needs at least two.")
     normalised: dict[str, str] = {}
     for label in labels:
-        key = " ".join(label.lower().split())
-        if not key:
-            raise BookError(f"{name}: label number {labels.index(label)} is empty. Give it a name.")
+        if not isinstance(label, str) or not label.strip():
+            raise BookError(f"{name}: label number {labels.index(label)} is empty or no text ({label!r}). Give it a name.")
+        key = _normalised(label)
         if key in normalised:
             raise BookError(f"{name}: labels {normalised[key]!r} and {label!r} are the same but for case or spaces. Rename one.")
         normalised[key] = label
@@ -243,6 +251,10 @@ def _check_split(where: str, documents: Dataset, labels: tuple[str, ...]) -> Non
             raise BookError(
                 f"{where}, row {row}: label {label!r} is no index into the {len(labels)} labels. Use 0 to {len(labels) - 1}."
             )
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _excerpt(text: str) -> str:

@@ -192,3 +192,16 @@ def test_a_failing_cell_fails_the_build(tmp_path):
     result = build(tmp_path, tmp_path / "out")
     assert result.returncode != 0
     assert "ZeroDivisionError" in result.stdout + result.stderr
+
+
+def test_quickstart_has_both_approaches_six_points_above_the_svm():
+    for cell in code_cells(read(ROOT / "book" / "00_quickstart.ipynb")):
+        for output in cell.outputs:
+            if output.get("metadata", {}).get("scrapbook", {}).get("name") == "quickstart_table":
+                html = output.data["text/html"]
+    accuracy = {name: float(value) for name, value in re.findall(r"<th>([^<]+)</th>\s*<td>([\d.]+)</td>", html)}
+    assert len(accuracy) == 5
+    svm = accuracy.pop("TF-IDF + linear SVM")
+    assert accuracy["embedding head + LoRA"] >= svm + 6
+    assert accuracy["instruction tuning + LoRA"] >= svm + 6
+    assert accuracy["majority class"] < svm

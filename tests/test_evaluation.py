@@ -233,3 +233,8 @@ def test_measure_times_the_block():
     seconds = cost.seconds
     time.sleep(0.01)
     assert cost.seconds == seconds
+
+
+def test_one_document_has_no_interval():
+    with pytest.raises(BookError, match="one document"):
+        evaluate(said([0], [0]))

@@ -153,6 +153,9 @@ REFUSED = {
     "no label": ("train", {"text": ["meow", "bark"], "label": [0, None]}, ["train, row 1", "None"]),
     "equal names": ("labels", ["cat", "Cat "], ["'cat'", "'Cat '", "case"]),
     "empty name": ("labels", ["cat", " "], ["label number 1", "empty"]),
+    "name that is no text": ("labels", ["cat", 3], ["label number 1", "3"]),
+    "label nobody has": ("labels", ["cat", "dog", "fish"], ["'fish'", "no document"]),
+    "text in two splits but for case": ("test", {"text": ["x", "PURR "], "label": [0, 0]}, ["test row 1", "of train", "'PURR '"]),
     "one label": ("labels", ["cat"], ["1 label", "at least two"]),
     "label never trained": ("train", {"text": ["meow", "purr"], "label": [0, 0]}, ["validation row 1", "'dog'", "no training"]),
     "text in two splits": ("test", {"text": ["x", "purr"], "label": [0, 0]}, ["test row 1", "of train", "'purr'"]),
@@ -243,3 +246,11 @@ def test_archive_with_unknown_content_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BookError, match="no index"):
         load("bbc")
     assert not copy.exists()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_first_tokens_never_split_a_character_nor_exceed_n(n):
+    tokenizer = load_tokenizer()
+    short = first_tokens(tokenizer, n)("🦜🦜🦜")
+    assert "🦜🦜🦜".startswith(short)
+    assert len(tokenizer(short, add_special_tokens=False).input_ids) <= n
