@@ -213,7 +213,7 @@ def show(results: pd.DataFrame) -> pd.DataFrame:
     """`table` as a reader wants to see it: scores in percent with their 95 % intervals, whole numbers with commas."""
 
     def interval(name: str) -> pd.Series:
-        return results.apply(lambda row: f"{row[f'{name}_low']:.1f} – {row[f'{name}_high']:.1f}".replace(" ", "\xa0"), axis=1)
+        return results.apply(lambda row: f"{row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f}".replace(" ", "\xa0"), axis=1)
 
     def rounded(value: float) -> str:
         return "—" if np.isnan(value) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"

@@ -183,6 +183,17 @@ def test_site_builds_from_stored_outputs_without_a_warning(tmp_path):
     assert 'alt="Dot plot' in index and "labelled documents, TF-IDF" in index  # pasted from the quickstart
 
 
+def test_packages_installed_inside_the_checkout_are_no_pages(tmp_path):
+    for folder in (".venv/lib/site-packages/hub", "env/lib/site-packages/hub", ".cache"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "card.md").write_text("---\n{{ card_data }}\n---\n")  # as huggingface_hub ships one
+    (tmp_path / "page.md").write_text("# Page\n")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n")
+    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    result = build(tmp_path, tmp_path / "out", "-W")
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 def test_a_failing_cell_fails_the_build(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Page"), nbformat.v4.new_code_cell("1 / 0")])
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -218,10 +218,10 @@ def test_shown_table_is_for_readers(pair):
         "documents/s",
     ]
     low, high = (100 * limit for limit in proportion_confint(29, 40, method="wilson"))
-    assert list(shown.iloc[0, :2]) == ["72.5", f"{low:.1f}\xa0–\xa0{high:.1f}"]
+    assert list(shown.iloc[0, :2]) == ["72.5", f"{low:.1f}\xa0to\xa0{high:.1f}"]
     scores = evaluate(a)
     assert shown.iloc[0, 2] == f"{100 * scores['macro_f1']:.1f}"
-    assert shown.iloc[0, 3] == f"{100 * scores['macro_f1_low']:.1f}\xa0–\xa0{100 * scores['macro_f1_high']:.1f}"
+    assert shown.iloc[0, 3] == f"{100 * scores['macro_f1_low']:.1f}\xa0to\xa0{100 * scores['macro_f1_high']:.1f}"
     assert list(shown.iloc[0, 4:]) == ["1,234,567", "1,234", "80.0"]
     assert list(shown.iloc[1, 4:]) == ["0", "0.0", "—"]
 
