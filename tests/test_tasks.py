@@ -4,10 +4,11 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset
 
-from helpers import downloads, tasks
+from helpers import downloads, sources
 from helpers.base_models import load_tokenizer
 from helpers.errors import BookError
-from helpers.tasks import SPLITS, Task, first_tokens, first_words, load, remove_duplicates
+from helpers.sources import Document, Source, remove_duplicates
+from helpers.tasks import SPLITS, Task, first_tokens, first_words, load
 
 SECTIONS = ("business", "entertainment", "politics", "sports", "tech")
 CONTENT = "96d7eaccdd985a6311ff635e8ee582bebb31e82ab9e09ade8ded28dd5f3987bd"
@@ -15,7 +16,7 @@ CONTENT = "96d7eaccdd985a6311ff635e8ee582bebb31e82ab9e09ade8ded28dd5f3987bd"
 
 @pytest.fixture(scope="module")
 def documents():
-    return tasks._bbc()
+    return sources.bbc()
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def bbc():
 
 @pytest.fixture
 def cheap_bbc(documents, monkeypatch):
-    monkeypatch.setitem(tasks.TASKS, "bbc", lambda: documents)
+    monkeypatch.setitem(sources.TASKS, "bbc", Source(lambda: documents))
 
 
 def message_of(caught):
@@ -37,9 +38,9 @@ def message_of(caught):
 def test_bbc_is_whole_and_101_duplicates_go(documents):
     assert len(documents) == 2225
     assert len(remove_duplicates(documents)) == 2124
-    assert sorted({label for _, label in documents}) == list(SECTIONS)
-    assert all(text == " ".join(text.split()) != "" for text, _ in documents)
-    assert not any("\ufffd" in text for text, _ in documents)
+    assert sorted({document.label for document in documents}) == list(SECTIONS)
+    assert all(text == " ".join(text.split()) != "" for text, *_ in documents)
+    assert not any("\ufffd" in text for text, *_ in documents)
 
 
 def test_bbc_splits_have_the_sizes_asked_for(bbc):
@@ -51,9 +52,9 @@ def test_bbc_splits_have_the_sizes_asked_for(bbc):
 def test_bbc_training_is_balanced_and_the_rest_in_proportion(bbc, documents):
     counts = bbc.counts()
     assert counts["train"] == dict.fromkeys(SECTIONS, 32)
-    short = remove_duplicates([(first_words(32)(text), label) for text, label in documents])
+    short = remove_duplicates([document._replace(text=first_words(32)(document.text)) for document in documents])
     for section in SECTIONS:
-        share = sum(label == section for _, label in short) / len(short)
+        share = sum(document.label == section for document in short) / len(short)
         assert abs(counts["test"][section] - 300 * share) < 1
         assert abs(counts["validation"][section] - 200 * share) < 1.5
 
@@ -189,13 +190,14 @@ def test_long_text_is_cut_in_the_message():
 
 
 def test_duplicates_are_equal_but_for_case_and_space():
-    kept = remove_duplicates([("One  text", "a"), ("two", "b"), ("one\ntext ", "a"), ("TWO", "b"), ("one text.", "a")])
-    assert kept == [("One  text", "a"), ("two", "b"), ("one text.", "a")]
+    pairs = [("One  text", "a"), ("two", "b"), ("one\ntext ", "a"), ("TWO", "b"), ("one text.", "a")]
+    kept = remove_duplicates([Document(*pair) for pair in pairs])
+    assert kept == [Document(*pairs[row]) for row in (0, 1, 4)]
 
 
 def test_same_text_under_two_labels_is_refused():
     with pytest.raises(BookError) as caught:
-        remove_duplicates([("one", "a"), ("two", "b"), ("ONE", "b")])
+        remove_duplicates([Document("one", "a"), Document("two", "b"), Document("ONE", "b")])
     message = message_of(caught)
     assert "'a'" in message and "'b'" in message and "'ONE'" in message
 
@@ -213,7 +215,7 @@ def test_first_tokens_are_a_prefix_of_at_most_n_tokens(documents, n):
     for text in awkward:
         assert text.startswith(shorten(text))
         assert len(tokenizer(shorten(text), add_special_tokens=False).input_ids) <= n
-    for text, _ in documents[::100]:
+    for text, *_ in documents[::100]:
         n_tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
         assert text.startswith(shorten(text))
         assert len(tokenizer(shorten(text), add_special_tokens=False).input_ids) == min(n, n_tokens)
@@ -231,18 +233,18 @@ def test_first_tokens_cut_a_text_of_many_tokens_to_the_word():
 
 
 def test_archive_with_unknown_content_is_refused(tmp_path, monkeypatch):
-    stored = downloads.fetch(tasks.BBC)
+    stored = downloads.fetch(sources.BBC)
     (tmp_path / "packages").mkdir()
-    copy = tmp_path / "packages" / tasks.BBC.filename
+    copy = tmp_path / "packages" / sources.BBC.filename
     shutil.copy(stored, copy)
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
-    assert len(tasks._bbc()) == 2225
+    assert len(sources.bbc()) == 2225
 
     def offline(package, target):
         raise BookError("no index")
 
     monkeypatch.setattr(downloads, "_find", offline)
-    monkeypatch.setattr(tasks, "BBC", replace(tasks.BBC, sha256="0" * 64))
+    monkeypatch.setattr(sources, "BBC", replace(sources.BBC, sha256="0" * 64))
     with pytest.raises(BookError, match="no index"):
         load("bbc")
     assert not copy.exists()
