@@ -6,6 +6,7 @@
 >>> model = AutoModelForCausalLM.from_pretrained(base)
 """
 
+import copy
 import shutil
 import tempfile
 import zipfile
@@ -16,7 +17,18 @@ import torch
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 from helpers.downloads import Package, cache_folder, room_for
@@ -48,6 +60,19 @@ _CONVERTED_BYTES = 700_000_000  # the GGUF file unpacked, and the float32 weight
 
 # Tokens that well-known tokenizers keep for nothing else; tried in this order when padding is not set.
 _SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+def _shape(hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary, *, tied):
+    return dict(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
 
 
 def fetch(name: str = DEFAULT) -> str:
@@ -121,6 +146,37 @@ def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int 
         target_modules=sorted(names),
         layers_to_transform=None if n_layers is None else list(range(total - n_layers, total)),
     )
+
+
+# The shapes of well-known models, so that parameters and bytes can be counted without a download or a licence.
+SHAPES = {
+    "Qwen3-0.6B": Qwen3Config(**_shape(1024, 3072, 28, 16, 8, 128, 151_936, tied=True)),
+    "Llama-3.2-1B": LlamaConfig(**_shape(2048, 8192, 16, 32, 8, 64, 128_256, tied=True)),
+    "Qwen3-1.7B": Qwen3Config(**_shape(2048, 6144, 28, 16, 8, 128, 151_936, tied=True)),
+    "Llama-3.2-3B": LlamaConfig(**_shape(3072, 8192, 28, 24, 8, 128, 128_256, tied=True)),
+    "Mistral-7B": MistralConfig(**_shape(4096, 14_336, 32, 32, 8, 128, 32_768, tied=False)),
+    "Llama-3.1-8B": LlamaConfig(**_shape(4096, 14_336, 32, 32, 8, 128, 128_256, tied=False)),
+    "Qwen3-8B": Qwen3Config(**_shape(4096, 12_288, 36, 32, 8, 128, 151_936, tied=False)),
+}
+
+
+def on_meta(name: str, n_labels: int | None = None) -> PreTrainedModel:
+    """A model without weights, on the meta device: every module and shape is there, no memory is used.
+
+    Args:
+        name: a key of `SHAPES`, or anything that `fetch` takes.
+        n_labels: with a classification head for so many labels; None for the language-model head.
+
+    Raises:
+        BookError: as `fetch`.
+    """
+    config = SHAPES[name] if name in SHAPES else AutoConfig.from_pretrained(fetch(name))
+    with torch.device("meta"):
+        if n_labels is None:
+            return AutoModelForCausalLM.from_config(config)
+        config = copy.deepcopy(config)
+        config.num_labels, config.pad_token_id = n_labels, config.pad_token_id or 0
+        return AutoModelForSequenceClassification.from_config(config)
 
 
 def batches(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, side: str = "right") -> Iterator[tuple]:

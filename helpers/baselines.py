@@ -3,7 +3,6 @@
 All of them take a Task and give Predictions, like the two approaches (chapter 01).
 """
 
-import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,18 +13,10 @@ from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
-from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 
 from helpers import base_models, profiles
-from helpers.embedding_head import SUFFIX, embed, fit_probe
+from helpers.embedding_head import SUFFIX, embed, fit_probe, train_classifier
 from helpers.evaluation import Predictions, measure
 from helpers.tasks import Task
 
@@ -150,27 +141,8 @@ class FineTunedEncoder:
                 dtype="float32",
                 device_map=profiles.current().device,
             )
-            train = Dataset.from_dict({**self._tokenizer(list(task.train["text"])), "label": task.train["label"]})
-            with tempfile.TemporaryDirectory() as scratch:
-                trainer = Trainer(
-                    model=self._model,
-                    args=TrainingArguments(
-                        output_dir=scratch,
-                        num_train_epochs=self.epochs,
-                        per_device_train_batch_size=self.batch_size,
-                        learning_rate=self.learning_rate,
-                        warmup_steps=0.1,
-                        save_strategy="no",
-                        logging_strategy="no",
-                        disable_tqdm=True,
-                        use_cpu=profiles.current().device == "cpu",
-                        seed=self.seed,
-                    ),
-                    train_dataset=train,
-                    data_collator=DataCollatorWithPadding(self._tokenizer),
-                )
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
+            options = dict(learning_rate=self.learning_rate, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
+            train_classifier(self._model, self._tokenizer, list(task.train["text"]), task.train["label"], **options)
         self._model.eval()
         return self
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from sklearn.linear_model import LogisticRegression
 from transformers import (
     AutoModelForSequenceClassification,
@@ -96,6 +96,40 @@ def fit_probe(embeddings: np.ndarray, gold: np.ndarray) -> LogisticRegression:
     return probe
 
 
+def train_classifier(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    gold: list[int],
+    *,
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, linear decay after a tenth of warm-up."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                num_train_epochs=epochs,
+                per_device_train_batch_size=batch_size,
+                learning_rate=learning_rate,
+                warmup_steps=0.1,
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                use_cpu=profiles.current().device == "cpu",
+                seed=seed,
+            ),
+            train_dataset=Dataset.from_dict({**tokenizer(texts), "label": gold}),
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
 @dataclass
 class EmbeddingHead:
     """Text + suffix → last token's embedding → linear head; head and LoRA are trained together.
@@ -130,27 +164,8 @@ class EmbeddingHead:
                 probe = fit_probe(embed(texts, model, self.tokenizer), np.array(task.train["label"]))
                 model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
             model = get_peft_model(model, base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers))
-            train = Dataset.from_dict({**self.tokenizer(texts), "label": task.train["label"]})
-            with tempfile.TemporaryDirectory() as scratch:
-                trainer = Trainer(
-                    model=model,
-                    args=TrainingArguments(
-                        output_dir=scratch,
-                        num_train_epochs=self.epochs,
-                        per_device_train_batch_size=self.batch_size,
-                        learning_rate=self.learning_rate,
-                        warmup_steps=0.1,
-                        save_strategy="no",
-                        logging_strategy="no",
-                        disable_tqdm=True,
-                        use_cpu=profiles.current().device == "cpu",
-                        seed=self.seed,
-                    ),
-                    train_dataset=train,
-                    data_collator=DataCollatorWithPadding(self.tokenizer),
-                )
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
+            options = dict(learning_rate=self.learning_rate, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
+            train_classifier(model, self.tokenizer, texts, task.train["label"], **options)
         self.model = model.eval()
         return self
 

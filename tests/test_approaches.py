@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, embedding_head, instruction, profiles
-from helpers.baselines import FrozenProbe, Majority, TfidfSvm
+from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
 from helpers.embedding_head import SUFFIX, EmbeddingHead, embed, fit_probe, head_in_float32, load_classifier
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
@@ -19,6 +19,7 @@ APPROACHES = {
     "svm": lambda model: TfidfSvm(),
     "probe, last token": lambda model: FrozenProbe(model),
     "probe, mean": lambda model: FrozenProbe(model, pooling="mean"),
+    "encoder": lambda model: FineTunedEncoder(model, epochs=1),
     "embedding head": lambda model: EmbeddingHead(model, n_layers=1, epochs=1),
     "embedding head, random start": lambda model: EmbeddingHead(model, n_layers=1, epochs=1, probe_init=False),
     "instruction tuning": lambda model: InstructionTuned(model, n_layers=1, epochs=1),
@@ -79,6 +80,16 @@ def test_every_approach_takes_two_labels(make, tiny_model, two_labels):
 def test_two_labels_are_not_swapped(make, tiny_model, two_labels):
     approach = make(tiny_model).fit(two_labels)
     assert approach.predict(two_labels.train).correct.mean() > 0.8
+
+
+def test_encoder_is_trained_whole(tiny_model, tiny_task):
+    approach = FineTunedEncoder(tiny_model, epochs=12, learning_rate=1e-2).fit(tiny_task)
+    predictions = approach.predict(tiny_task.train)
+    assert predictions.correct.all()
+    before = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).state_dict()
+    after = approach._model.state_dict()
+    assert predictions.trainable_parameters == sum(value.numel() for value in after.values())
+    assert all((before[name] != after[name]).any() for name in after)
 
 
 @pytest.mark.parametrize("make", [EmbeddingHead, InstructionTuned])

@@ -6,10 +6,12 @@ import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from sklearn.metrics.pairwise import cosine_similarity
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from helpers import base_models
-from helpers.base_models import DEFAULT, EMBEDDED, batches, fetch, load_tokenizer, upper_lora
+from helpers.base_models import DEFAULT, EMBEDDED, ENCODER, SHAPES, batches, fetch, load_tokenizer, on_meta, upper_lora
+from helpers.embedding_head import embed
 from helpers.errors import BookError
 
 TEXTS = ["one", "two words and five more words", "three words here", "a", "some words of no great length", "b c"]
@@ -44,7 +46,21 @@ def test_unknown_name_suggests_the_nearest(name):
 
 
 def test_name_near_to_nothing_lists_all():
-    assert refusal("zzz") == f"There is no base model 'zzz'. Choose one of: {DEFAULT}."
+    assert refusal("zzz") == f"There is no base model 'zzz'. Choose one of: {DEFAULT}, {ENCODER}."
+
+
+def test_embedded_encoder_is_the_sentence_encoder():
+    tokenizer, model = load_tokenizer(ENCODER), AutoModel.from_pretrained(fetch(ENCODER)).eval()
+    assert model.num_parameters() == 22_713_216
+    vectors = embed(["A cat sat down.", "A kitten is sitting.", "Share prices fell."], model, tokenizer, "mean")
+    similarity = cosine_similarity(vectors)
+    assert similarity[0, 1] > 0.4 > 0.2 > similarity[0, 2]
+
+
+def test_text_beyond_the_model_is_named():
+    tokenizer = load_tokenizer(ENCODER)
+    with pytest.raises(BookError, match=r"^Text 1 has 702 tokens, the model takes 512\. Shorten the documents"):
+        list(batches(["short", "word " * 700], tokenizer, 2))
 
 
 def test_folder_without_a_model(tmp_path):
@@ -209,3 +225,29 @@ def test_batches_cover_every_row_once_longest_first(side, batch_size):
             lengths.append(n)
     assert sorted(seen) == list(range(len(TEXTS)))
     assert lengths == sorted(lengths, reverse=True)
+
+
+PARAMETERS = {  # as published with the models
+    "Qwen3-0.6B": 596_049_920,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Mistral-7B": 7_248_023_552,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Qwen3-8B": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_published_number_of_parameters(name):
+    model = on_meta(name)
+    assert model.num_parameters() == PARAMETERS[name]
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_meta_model_with_a_head_has_the_head_and_no_vocabulary(tiny_model):
+    with_head = on_meta("Llama-3.2-3B", n_labels=5)
+    assert with_head.score.weight.shape == (5, 3072)
+    assert with_head.num_parameters() == PARAMETERS["Llama-3.2-3B"] + 5 * 3072
+    assert SHAPES["Llama-3.2-3B"].num_labels == 2  # the shape itself is left as it was
+    assert on_meta(tiny_model).num_parameters() == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
