@@ -251,3 +251,25 @@ def test_meta_model_with_a_head_has_the_head_and_no_vocabulary(tiny_model):
     assert with_head.num_parameters() == PARAMETERS["Llama-3.2-3B"] + 5 * 3072
     assert SHAPES["Llama-3.2-3B"].num_labels == 2  # the shape itself is left as it was
     assert on_meta(tiny_model).num_parameters() == AutoModelForCausalLM.from_pretrained(tiny_model).num_parameters()
+
+
+@pytest.mark.parametrize(
+    "name, rank, n_labels, millions",
+    [
+        ("Llama-3.2-3B", 8, 5, 12.2),
+        ("Mistral-7B", 64, None, 167.8),
+        ("Llama-3.2-1B", 2, None, 1.41),
+        ("Llama-3.1-8B", 8, None, 21.0),
+    ],
+)
+def test_adapters_on_all_linear_layers_have_the_parameters_of_the_paper(name, rank, n_labels, millions):
+    config = LoraConfig(r=rank, target_modules="all-linear", task_type="SEQ_CLS" if n_labels else "CAUSAL_LM")
+    model = get_peft_model(on_meta(name, n_labels), config)
+    assert model.num_parameters(only_trainable=True) / 1e6 == pytest.approx(millions, abs=0.05)
+    by_hand = sum(
+        rank * (layer.in_features + layer.out_features)
+        for layer_name, layer in on_meta(name).named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer_name != "lm_head"
+    )
+    head = n_labels * SHAPES[name].hidden_size if n_labels else 0
+    assert model.num_parameters(only_trainable=True) == by_hand + head
