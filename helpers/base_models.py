@@ -179,8 +179,14 @@ def on_meta(name: str, n_labels: int | None = None) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(config)
 
 
-def batches(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, side: str = "right") -> Iterator[tuple]:
+def batches(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, side: str = "right", skip: int = 0
+) -> Iterator[tuple]:
     """Tokenized batches of texts of like length, longest first, with the rows that each batch answers for.
+
+    Args:
+        side: where the padding goes, `right` or `left`.
+        skip: leave out the first tokens of every text, which must have more.
 
     Yields:
         `(rows, batch)`: a list of indices into `texts`, and `input_ids` and `attention_mask` of shape
@@ -199,7 +205,7 @@ def batches(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: in
     order = sorted(range(len(texts)), key=lambda row: -len(encoded[row]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        yield rows, tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, padding_side=side, return_tensors="pt")
+        yield rows, tokenizer.pad({"input_ids": [encoded[row][skip:] for row in rows]}, padding_side=side, return_tensors="pt")
 
 
 def _from_hub(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from scipy.special import softmax
+from scipy.special import expit, softmax
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.pipeline import make_pipeline
@@ -88,8 +88,8 @@ class FrozenProbe:
     name: str = "frozen embedding + probe"
 
     def fit(self, task: Task) -> "FrozenProbe":
-        """Embed `task.train` and fit the probe on it."""
-        self.labels = task.labels
+        """Embed `task.train` and fit the probe on it; single- and multi-label tasks."""
+        self.labels, self._multi_label = task.labels, task.multi_label
         profile = profiles.current()
         with measure() as self._cost:
             self._tokenizer = base_models.load_tokenizer(self.base_model)
@@ -108,7 +108,8 @@ class FrozenProbe:
     def predict(self, documents: Dataset) -> Predictions:
         """The probe's probabilities."""
         with measure() as cost:
-            probabilities = softmax(self._embed(documents) @ self._probe.coef_.T, axis=1)
+            logits = self._embed(documents) @ self._probe.coef_.T
+            probabilities = expit(logits) if self._multi_label else softmax(logits, axis=1)
         return _predictions(self, probabilities, documents, cost, self._probe.coef_.size)
 
 

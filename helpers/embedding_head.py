@@ -1,9 +1,8 @@
 """Approach 1: a classification head on the final token's embedding, trained together with LoRA.
 
-Chapter 00 builds it in plain cells; this is the same in one call.
+Chapters 00 and 04 build it in plain cells; this is the same in one call.
 """
 
-import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,27 +15,31 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
-from helpers import base_models, profiles
+from helpers import adapters, base_models, profiles
 from helpers.errors import unknown_name
 from helpers.evaluation import Predictions, measure
+from helpers.frozen_layers import computed_once
 from helpers.tasks import Task
 
 SUFFIX = "\n\nThe topic of this article is"
 
 
-def load_classifier(base_model: str, n_labels: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The stock `AutoModelForSequenceClassification`, quantized as the profile says, its head in float32."""
+def load_classifier(base_model: str, n_labels: int, multi_label: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The stock `AutoModelForSequenceClassification`, quantized as the profile says, its head in float32.
+
+    With `multi_label` its loss is binary cross-entropy, label by label.
+    """
     profile = profiles.current()
     tokenizer = base_models.load_tokenizer(base_model)
     model = AutoModelForSequenceClassification.from_pretrained(
         base_models.fetch(base_model),
         num_labels=n_labels,
+        problem_type="multi_label_classification" if multi_label else "single_label_classification",
         dtype=profile.dtype,
         quantization_config=profile.quantization,
         pad_token_id=tokenizer.pad_token_id,
@@ -84,11 +87,18 @@ def fit_probe(embeddings: np.ndarray, gold: np.ndarray) -> LogisticRegression:
 
     Args:
         embeddings: shape (n_documents, hidden_size), from `embed`.
-        gold: shape (n_documents,).
+        gold: shape (n_documents,); multi-label (n_documents, n_labels), zeros and ones: one regression a label.
 
     Returns:
         The fitted probe; `coef_` has the shape (n_labels, hidden_size), one row a label, also for two labels.
     """
+    if gold.ndim == 2:
+        probes = [fit_probe(embeddings, column) if np.ptp(column) else None for column in gold.T]
+        probe = LogisticRegression(C=0.1, fit_intercept=False)
+        # the two rows of a label's own probe are halves of the same plane; a label that all documents have starts at zero
+        probe.coef_ = np.array([np.zeros(embeddings.shape[1]) if one is None else one.coef_[1] - one.coef_[0] for one in probes])
+        probe.intercept_ = np.zeros(len(probe.coef_))
+        return probe
     probe = LogisticRegression(C=0.1, fit_intercept=False, max_iter=5000).fit(embeddings, gold)
     if len(probe.coef_) == 1:  # scikit-learn keeps one row for two labels: w for the second, 0 for the first
         probe.coef_ = np.concatenate([-probe.coef_ / 2, probe.coef_ / 2])
@@ -106,18 +116,25 @@ def train_classifier(
     epochs: int,
     batch_size: int,
     seed: int,
+    checkpoints: str | None = None,
 ) -> None:
-    """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, linear decay after a tenth of warm-up."""
-    with tempfile.TemporaryDirectory() as scratch:
+    """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, linear decay after a tenth of warm-up.
+
+    Args:
+        gold: label numbers; for a multi-label model lists of zeros and ones.
+        checkpoints: a folder that gets one after every epoch and from which a stopped training goes on.
+    """
+    if isinstance(gold[0], list):
+        gold = [[float(one) for one in row] for row in gold]  # what binary cross-entropy takes
+    with adapters.checkpoint_options(checkpoints) as options:
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
-                output_dir=scratch,
+                **options,
                 num_train_epochs=epochs,
                 per_device_train_batch_size=batch_size,
                 learning_rate=learning_rate,
                 warmup_steps=0.1,
-                save_strategy="no",
                 logging_strategy="no",
                 disable_tqdm=True,
                 use_cpu=profiles.current().device == "cpu",
@@ -126,13 +143,14 @@ def train_classifier(
             train_dataset=Dataset.from_dict({**tokenizer(texts), "label": gold}),
             data_collator=DataCollatorWithPadding(tokenizer),
         )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        adapters.train(trainer)
 
 
 @dataclass
-class EmbeddingHead:
+class EmbeddingHead(adapters.Adapted):
     """Text + suffix → last token's embedding → linear head; head and LoRA are trained together.
+
+    Takes single- and multi-label tasks. What lies below the adapters is computed once a document (`frozen_layers`).
 
     Attributes:
         base_model: see `base_models.fetch`.
@@ -140,6 +158,7 @@ class EmbeddingHead:
         probe_init: start the head from the frozen probe and not from random numbers.
         n_layers: LoRA on the linear layers of the upper `n_layers` blocks; None for all.
         rank, learning_rate, epochs, batch_size, seed: of the training.
+        checkpoints: a folder that gets one after every epoch; a training that was stopped goes on from there.
     """
 
     base_model: str = base_models.DEFAULT
@@ -151,21 +170,42 @@ class EmbeddingHead:
     epochs: int = 1
     batch_size: int = 8
     seed: int = 0
+    checkpoints: str | None = None
     name: str = "embedding head + LoRA"
 
+    def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_classifier(self.base_model, len(self.labels), self.multi_label)
+
     def fit(self, task: Task) -> "EmbeddingHead":
-        """Train on `task.train`; nothing of validation or test is looked at."""
-        self.labels = task.labels
-        with measure() as self._cost:
+        """Train on `task.train`; nothing of validation or test is looked at.
+
+        Raises:
+            BookError: `checkpoints` holds those of another training.
+        """
+        self.labels, self.multi_label = task.labels, task.multi_label
+        self._claim_checkpoints(task)
+        with measure() as cost:
             set_seed(self.seed)
-            model, self.tokenizer = load_classifier(self.base_model, len(task.labels))
+            model, self.tokenizer = self._load_base()
             texts = [text + self.suffix for text in task.train["text"]]
-            if self.probe_init:
-                probe = fit_probe(embed(texts, model, self.tokenizer), np.array(task.train["label"]))
-                model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
-            model = get_peft_model(model, base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers))
-            options = dict(learning_rate=self.learning_rate, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
-            train_classifier(model, self.tokenizer, texts, task.train["label"], **options)
+            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers)
+            with computed_once(model, self.n_layers):
+                if self.probe_init:
+                    probe = fit_probe(embed(texts, model, self.tokenizer), np.array(task.train["label"]))
+                    model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
+                model = get_peft_model(model, lora)
+                train_classifier(
+                    model,
+                    self.tokenizer,
+                    texts,
+                    list(task.train["label"]),
+                    learning_rate=self.learning_rate,
+                    epochs=self.epochs,
+                    batch_size=self.batch_size,
+                    seed=self.seed,
+                    checkpoints=self.checkpoints,
+                )
+        self.training_seconds = cost.seconds
         self.model = model.eval()
         return self
 
@@ -181,10 +221,10 @@ class EmbeddingHead:
         return Predictions(
             self.name,
             self.labels,
-            logits.softmax(-1).numpy(),
+            (logits.sigmoid() if self.multi_label else logits.softmax(-1)).numpy(),
             documents["label"],
             seconds=cost.seconds,
-            training_seconds=self._cost.seconds,
+            training_seconds=self.training_seconds,
             trainable_parameters=self.model.num_parameters(only_trainable=True),
             tokens=tokens,
             peak_memory=cost.peak_memory,

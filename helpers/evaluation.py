@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import bootstrap
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
@@ -28,8 +28,9 @@ class Predictions:
     Attributes:
         approach: its name in tables and figures.
         labels: the label names, in the order of the columns of `probabilities`.
-        probabilities: shape (n_documents, n_labels); every row sums to 1.
-        gold: shape (n_documents,), the true label of each document as an index into `labels`.
+        probabilities: shape (n_documents, n_labels); every row sums to 1, except in a multi-label task.
+        gold: shape (n_documents,), the true label of each document as an index into `labels`; in a multi-label task
+            (n_documents, n_labels), zeros and ones.
         seconds: wall-clock time of predicting all documents, tokenization included.
         training_seconds: wall-clock time of training.
         trainable_parameters: numbers that training changed.
@@ -61,6 +62,14 @@ class Predictions:
             )
         if len(self.gold) == 0:
             raise BookError(f"{self.approach}: there is no document to evaluate. Give it a test set.")
+        if self.multi_label:
+            wrong = ~((self.probabilities >= 0) & (self.probabilities <= 1)).all(axis=1)
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise BookError(f"{self.approach}: row {row} has no probabilities ({self.probabilities[row]}): use a sigmoid.")
+            if self.gold.shape != expected or not np.isin(self.gold, (0, 1)).all():
+                raise BookError(f"{self.approach}: multi-label gold needs zeros and ones in the shape {expected}.")
+            return
         wrong = ~np.isclose(self.probabilities.sum(axis=1), 1, atol=1e-3) | (self.probabilities < 0).any(axis=1)
         if wrong.any():  # NaN is never close to 1, so it is caught here too
             row = int(np.flatnonzero(wrong)[0])
@@ -69,14 +78,20 @@ class Predictions:
             raise BookError(f"{self.approach}: gold labels run to {self.gold.max()}, but there are {len(self.labels)} labels.")
 
     @property
+    def multi_label(self) -> bool:
+        """Whether a document can have several labels."""
+        return self.gold.ndim == 2
+
+    @property
     def predicted(self) -> np.ndarray:
-        """The most probable label of each document, shape (n_documents,)."""
-        return self.probabilities.argmax(axis=1)
+        """The most probable label of each document, shape (n_documents,); multi-label, every label of probability 0.5 or more."""
+        return (self.probabilities >= 0.5).astype(int) if self.multi_label else self.probabilities.argmax(axis=1)
 
     @property
     def correct(self) -> np.ndarray:
-        """Which documents are right, shape (n_documents,), bool."""
-        return self.predicted == self.gold
+        """Which documents are right, shape (n_documents,), bool; multi-label, where all labels are."""
+        right = self.predicted == self.gold
+        return right.all(axis=1) if self.multi_label else right
 
     @property
     def documents_per_second(self) -> float:
@@ -112,29 +127,31 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
     They say nothing about another training set or seed.
 
     Returns:
-        `accuracy`, `accuracy_low`, `accuracy_high`, `macro_f1`, `macro_f1_low`, `macro_f1_high`, all in 0..1.
+        `accuracy`, `accuracy_low`, `accuracy_high`, `macro_f1`, `macro_f1_low`, `macro_f1_high`, `micro_f1`, all in 0..1. In a
+        multi-label task accuracy is that of whole label sets; in a single-label task micro-F1 is the accuracy.
 
     Raises:
         BookError: there is only one document.
     """
     gold, predicted = predictions.gold, predictions.predicted
-    if len(gold) < 2:
+    n_documents, n_labels = predictions.probabilities.shape
+    if n_documents < 2:
         raise BookError(f"{predictions.approach}: one document gives no interval. Evaluate on more.")
-    low, high = proportion_confint(int(predictions.correct.sum()), len(gold), alpha=1 - confidence, method="wilson")
+    if not predictions.multi_label:
+        gold, predicted = (labels[:, None] == np.arange(n_labels) for labels in (gold, predicted))
+    low, high = proportion_confint(int(predictions.correct.sum()), n_documents, alpha=1 - confidence, method="wilson")
 
-    def macro_f1(gold: np.ndarray, predicted: np.ndarray, axis: int = -1) -> np.ndarray:
-        """scikit-learn's macro-F1 over all resamples at once: 2 · both / (gold + predicted), averaged over labels."""
+    def macro_f1(rows: np.ndarray, axis: int = -1) -> np.ndarray:
+        """scikit-learn's macro-F1 of all resamples at once: 2 · both / (gold + predicted), averaged over labels."""
         per_label = []
-        for label in range(len(predictions.labels)):
-            is_gold, is_predicted = gold == label, predicted == label
-            total = is_gold.sum(axis=axis) + is_predicted.sum(axis=axis)
-            per_label.append(2 * (is_gold & is_predicted).sum(axis=axis) / np.maximum(total, 1))
+        for is_gold, is_predicted in zip(gold.T.astype(bool), predicted.T.astype(bool), strict=True):
+            total = is_gold[rows].sum(axis=axis) + is_predicted[rows].sum(axis=axis)
+            per_label.append(2 * (is_gold & is_predicted)[rows].sum(axis=axis) / np.maximum(total, 1))
         return np.mean(per_label, axis=0)
 
     interval = bootstrap(
-        (gold, predicted),
+        (np.arange(n_documents),),
         macro_f1,
-        paired=True,
         vectorized=True,
         method="percentile",
         confidence_level=confidence,
@@ -142,12 +159,13 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return {
-        "accuracy": accuracy_score(gold, predicted),
+        "accuracy": predictions.correct.mean(),
         "accuracy_low": low,
         "accuracy_high": high,
-        "macro_f1": f1_score(gold, predicted, labels=range(len(predictions.labels)), average="macro", zero_division=0),
+        "macro_f1": f1_score(gold, predicted, average="macro", zero_division=0),
         "macro_f1_low": interval.low,
         "macro_f1_high": interval.high,
+        "micro_f1": f1_score(gold, predicted, average="micro", zero_division=0),
     }
 
 

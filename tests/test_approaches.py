@@ -11,7 +11,8 @@ from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
 from helpers.embedding_head import SUFFIX, EmbeddingHead, embed, fit_probe, head_in_float32, load_classifier
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
-from helpers.instruction import InstructionTuned, LabelTokensTrainer, label_tokens, score_labels
+from helpers.instruction import InstructionTuned, LabelTokensTrainer
+from helpers.label_scoring import label_tokens, score_labels
 from helpers.tasks import SPLITS, Task
 
 APPROACHES = {
@@ -284,7 +285,7 @@ def trainer_of(monkeypatch, tiny_model, tiny_task):
     def build(task=tiny_task, **options):
         built = []
         with monkeypatch.context() as patch:
-            patch.setattr(LabelTokensTrainer, "train", lambda self: built.append(self))
+            patch.setattr(LabelTokensTrainer, "train", lambda self, **_: built.append(self))
             InstructionTuned(tiny_model, n_layers=1, rank=4, **options).fit(task)
         return built[0]
 

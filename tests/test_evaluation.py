@@ -195,6 +195,7 @@ def test_table_has_a_row_for_each_approach(pair):
         "macro_f1",
         "macro_f1_low",
         "macro_f1_high",
+        "micro_f1",
         "trainable_parameters",
         "training_seconds",
         "documents_per_second",

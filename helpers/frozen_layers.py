@@ -1,0 +1,102 @@
+"""Layers below the lowest adapter give the same hidden states in every epoch, so they are computed once (chapter 04)."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from helpers.errors import BookError
+
+
+class RememberedLayers(torch.nn.Module):
+    """Stands where the token embedding stood: token ids in, hidden states above the frozen layers out.
+
+    A text's states are computed when it is first seen and then looked up, whatever it is padded with and on which side. They
+    are kept in main memory, n_tokens · hidden_size numbers a text.
+    """
+
+    def __init__(self, decoder: PreTrainedModel, n_frozen: int) -> None:
+        super().__init__()
+        lower = copy.copy(decoder)
+        lower._modules = {**decoder._modules, "layers": decoder.layers[:n_frozen].eval(), "norm": torch.nn.Identity()}
+        self._lower = (lower,)  # in a tuple, so that its weights are not registered a second time
+        self._pad = decoder.config.pad_token_id
+        self._states: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Shape (n_texts, n_tokens) to (n_texts, n_tokens, hidden_size); zeros where there is padding."""
+        spans, texts = [], []
+        for row in input_ids.tolist():
+            kept = [position for position, token in enumerate(row) if token != self._pad]
+            spans.append(slice(kept[0], kept[-1] + 1))
+            texts.append(tuple(row[spans[-1]]))
+        self._remember([text for text in dict.fromkeys(texts) if text not in self._states])
+        states = [self._states[text] for text in texts]
+        out = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
+        for row, span, state in zip(out, spans, states, strict=True):
+            row[span] = state
+        return out.to(input_ids.device)
+
+    @torch.no_grad()
+    def _remember(self, texts: list[tuple[int, ...]]) -> None:
+        if not texts:
+            return
+        (lower,) = self._lower
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        states = lower(ids.to(lower.device), attention_mask=mask.to(lower.device), use_cache=False).last_hidden_state.cpu()
+        for text, state in zip(texts, states, strict=True):
+            self._states[text] = state[: len(text)].clone()
+
+
+class _Skipped(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+        return hidden_states
+
+
+@contextlib.contextmanager
+def computed_once(model: PreTrainedModel | PeftModel, n_layers: int | None) -> Iterator[None]:
+    """Within the block, what lies below the upper `n_layers` blocks is computed once for each text and then remembered.
+
+    Nothing else changes: losses, gradients and the names of the adapters are those of the whole model, and after the block
+    the model is whole again. Use it around training, where the same texts come in every epoch. The layers below are frozen,
+    and stay so.
+
+    Args:
+        model: of Llama's kind (`embed_tokens`, `layers`, `norm`), with LoRA on the upper `n_layers` blocks at most; it may
+            also get its adapters within the block.
+        n_layers: as for `base_models.upper_lora`; None does nothing.
+
+    Raises:
+        BookError: a model of another kind, without a padding token, or with something to train in the lower layers.
+    """
+    if n_layers is None:
+        yield
+        return
+    decoder = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    if not all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm")):
+        raise BookError(
+            f"{type(decoder).__name__} is not built like Llama, so its lower layers cannot be computed once. Use None."
+        )
+    if decoder.config.pad_token_id is None:
+        raise BookError("The model's config has no pad_token_id, so padding cannot be told from text. Set it.")
+    n_frozen = len(decoder.layers) - n_layers
+    lower = list(decoder.layers[:n_frozen])
+    if any("lora" in name for layer in lower for name, _ in layer.named_parameters()):
+        raise BookError(f"There are adapters below the upper {n_layers} layers, so these are not frozen. Use n_layers=None.")
+    embedding = decoder.embed_tokens
+    for module in (embedding, *lower):
+        module.requires_grad_(False)
+    try:
+        decoder.embed_tokens = RememberedLayers(decoder, n_frozen)
+        for index in range(n_frozen):
+            decoder.layers[index] = _Skipped()
+        yield
+    finally:
+        decoder.embed_tokens = embedding
+        for index, layer in enumerate(lower):
+            decoder.layers[index] = layer

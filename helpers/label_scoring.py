@@ -1,0 +1,202 @@
+"""How likely is each label after the prompt? All labels at once, nothing generated (chapter 05).
+
+One forward pass reads the prompt. The labels' tokens form a trie, and only its likely branches are walked, over the prompt's
+key-value cache.
+"""
+
+import copy
+import os.path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers import base_models
+from helpers.errors import BookError
+
+_ROWS = 128  # (prompt, branch) pairs in one forward pass
+_SHORTEST_PREFIX = 8  # tokens; less is not worth a cache
+
+
+def label_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each label as it stands after the prompt: with a leading space, and ended where that is needed.
+
+    When one label's tokens begin another's (`tech`, `tech support`), the shorter would win whatever the model thinks of
+    its end, so the end-of-sequence token is appended to every label.
+
+    Raises:
+        BookError: an empty label, or two labels with the same tokens.
+    """
+    for number, label in enumerate(labels):
+        if not label.strip():
+            raise BookError(f"Label number {number} is empty ({label!r}), so there is nothing to score. Give it a name.")
+    ids = [tokenizer(" " + label, add_special_tokens=False).input_ids for label in labels]
+    first_with: dict[tuple[int, ...], int] = {}
+    for number, label in enumerate(ids):
+        other = first_with.setdefault(tuple(label), number)
+        if other != number:
+            raise BookError(f"The tokenizer cannot tell the labels {labels[other]!r} and {labels[number]!r} apart. Rename one.")
+    if any(tuple(label[:n]) in first_with for label in ids for n in range(1, len(label))):
+        ids = [label + [tokenizer.eos_token_id] for label in ids]
+    return ids
+
+
+@dataclass
+class _Branch:
+    """Trie nodes with one child each: from below a fork (or the prompt) to the next fork, or to the end of a label."""
+
+    tokens: list[int]  # from the prompt on
+    start: int  # tokens[:start] are those of the forks above
+    labels: list[int]  # that begin with `tokens`
+    children: list[int] = field(default_factory=list)
+
+
+def _trie(ids: list[list[int]]) -> tuple[list[_Branch], list[int]]:
+    """All branches, and the numbers of those that start at the prompt."""
+    branches: list[_Branch] = []
+
+    def grow(labels: list[int], start: int) -> list[int]:
+        grown = []
+        for first in dict.fromkeys(ids[label][start] for label in labels):
+            below = [label for label in labels if ids[label][start] == first]
+            branch = _Branch(os.path.commonprefix([ids[label] for label in below]), start, below)
+            grown.append(len(branches))
+            branches.append(branch)
+            if len(below) > 1:
+                branch.children = grow(below, len(branch.tokens))
+        return grown
+
+    return branches, grow(list(range(len(ids))), 0)
+
+
+@torch.inference_mode()
+def score_labels(
+    prompts: list[str],
+    labels: tuple[str, ...],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+    tolerance: float = 1e-4,
+) -> torch.Tensor:
+    """Log-probability of every label as the continuation of every prompt. Every answer is a label, none has to be parsed.
+
+    One forward pass over the prompt gives the first token of all labels. Tokens with which all prompts begin (an instruction)
+    are read once, not once a prompt. The rest of the labels is walked as a trie over the prompt's key-value cache, likely
+    branches first, until those not walked hold at most `tolerance` of the probability of all labels.
+
+    Args:
+        prompts: without the label and without the space before it.
+        labels: of any number of tokens; see `label_tokens`.
+        tolerance: 0 walks everything.
+
+    Returns:
+        float32 tensor of shape (n_prompts, n_labels). Its softmax differs nowhere by more than `tolerance` from that of one
+        forward pass for each label; labels on a branch that was not walked share the branch's probability. The rows are not
+        normalised: what is missing to 1 is the probability of saying something that is no label.
+
+    Raises:
+        BookError: labels that cannot be told apart, or a prompt longer than the model takes.
+    """
+    branches, roots = _trie(label_tokens(labels, tokenizer))
+    first_tokens = [branches[root].tokens[0] for root in roots]
+    read_on = any(len(branch.tokens) > 1 for branch in branches)
+    encoded = tokenizer(prompts).input_ids
+    shared = os.path.commonprefix([text[:-1] for text in encoded]) if len(prompts) > 1 else []
+    shared = shared if len(shared) >= _SHORTEST_PREFIX else []
+    if shared:
+        prefix = model(torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
+    scores = torch.empty(len(prompts), len(labels))
+    for rows, batch in base_models.batches(prompts, tokenizer, batch_size, side="left", skip=len(shared)):
+        batch = batch.to(model.device)
+        mask = torch.nn.functional.pad(batch.attention_mask, (len(shared), 0), value=1)
+        cache = _select(prefix, [0] * len(rows)) if shared else DynamicCache(config=model.config) if read_on else None
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=mask,
+            position_ids=_positions(mask)[:, len(shared) :],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        start = logits.float().log_softmax(-1)[:, first_tokens].cpu().numpy()
+        scores[rows] = torch.from_numpy(_walk(branches, roots, start, len(labels), model, cache, mask, tolerance)).float()
+    return scores
+
+
+def _walk(branches, roots, start, n_labels, model, cache, mask, tolerance) -> np.ndarray:
+    """From the log-probabilities of the first tokens, (n_prompts, n_roots), to those of the labels, (n_prompts, n_labels)."""
+    reached = np.full((len(start), len(branches)), -np.inf)  # up to a branch's first token; up to the end where it is settled
+    is_open = np.zeros(reached.shape, dtype=bool)
+    is_settled = np.zeros(reached.shape, dtype=bool)
+
+    def reach(row: int, numbers: list[int], log_probabilities: np.ndarray) -> None:
+        reached[row, numbers] = log_probabilities
+        ends = np.array([len(branches[b].labels) == 1 and len(branches[b].tokens) == branches[b].start + 1 for b in numbers])
+        is_settled[row, numbers], is_open[row, numbers] = ends, ~ends
+
+    for row in range(len(start)):
+        reach(row, roots, start[row])
+    while pairs := [
+        (row, b) for row in range(len(start)) for b in _needed(reached[row], is_open[row], is_settled[row], tolerance)
+    ]:
+        for first in range(0, len(pairs), _ROWS):
+            some = pairs[first : first + _ROWS]
+            for (row, b), (later, forks) in zip(some, _follow(some, branches, model, cache, mask), strict=True):
+                reached[row, b] += later
+                is_open[row, b], is_settled[row, b] = False, not branches[b].children
+                if branches[b].children:
+                    reach(row, branches[b].children, reached[row, b] + forks)
+    scores = np.empty((len(start), n_labels))
+    for row, b in np.argwhere(is_open | is_settled):
+        scores[row, branches[b].labels] = reached[row, b] - np.log(len(branches[b].labels))
+    return scores
+
+
+def _needed(reached: np.ndarray, is_open: np.ndarray, is_settled: np.ndarray, tolerance: float) -> np.ndarray:
+    """The fewest open branches of one prompt, the most likely ones, without which the others hold more than `tolerance`."""
+    numbers = np.flatnonzero(is_open)
+    numbers = numbers[reached[numbers].argsort()]
+    highest = reached[is_open | is_settled].max()
+    settled = np.exp(reached[is_settled] - highest).sum()
+    left = np.exp(reached[numbers] - highest).cumsum()
+    if not len(numbers) or left[-1] <= tolerance * settled:
+        return numbers[:0]
+    return numbers[left > tolerance * (settled + left[-1])]
+
+
+def _follow(pairs, branches, model, cache, mask) -> Iterator[tuple[float, np.ndarray]]:
+    """Read branches behind their prompts: log-probabilities of what follows a branch's first token, and of its children."""
+    rows = [row for row, _ in pairs]
+    read = [torch.tensor(branches[b].tokens if branches[b].children else branches[b].tokens[:-1]) for _, b in pairs]
+    ids = torch.nn.utils.rnn.pad_sequence(read, batch_first=True).to(model.device)
+    lengths = torch.tensor([len(tokens) for tokens in read], device=model.device)
+    mask = torch.cat([mask[rows], (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()], dim=1)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=_positions(mask)[:, -ids.shape[1] :],
+        past_key_values=_select(cache, rows),
+        use_cache=True,
+    ).logits.float()
+    logits -= logits.logsumexp(-1, keepdim=True)
+    for row, (_, b) in enumerate(pairs):
+        branch = branches[b]
+        later = branch.tokens[branch.start + 1 :]
+        places = torch.arange(branch.start, branch.start + len(later))
+        forks = [branches[child].tokens[branches[child].start] for child in branch.children]
+        yield float(logits[row, places, later].sum()), logits[row, lengths[row] - 1, forks].cpu().numpy()
+
+
+def _select(cache: DynamicCache, rows: list[int]) -> DynamicCache:
+    """A cache of these rows; the one it is taken from stays as it is."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
+    return chosen
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Positions that do not count padding on the left, also for models with absolute positions (GPT-2)."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
