@@ -141,6 +141,7 @@ def _walk(branches, roots, start, n_labels, model, cache, mask, tolerance) -> np
     while pairs := [
         (row, b) for row in range(len(start)) for b in _needed(reached[row], is_open[row], is_settled[row], tolerance)
     ]:
+        pairs.sort(key=lambda pair: len(branches[pair[1]].tokens))  # like lengths together: little padding
         for first in range(0, len(pairs), _ROWS):
             some = pairs[first : first + _ROWS]
             for (row, b), (later, forks) in zip(some, _follow(some, branches, model, cache, mask), strict=True):
