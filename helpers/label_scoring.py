@@ -45,10 +45,13 @@ def label_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) ->
 
 @dataclass
 class _Branch:
-    """Trie nodes with one child each: from below a fork (or the prompt) to the next fork, or to the end of a label."""
+    """Trie nodes with one child each, that are read together.
+
+    A run of several such nodes makes two branches, its first token and the rest, because one token is enough to rule out most.
+    """
 
     tokens: list[int]  # from the prompt on
-    start: int  # tokens[:start] are those of the forks above
+    start: int  # tokens[:start] are those of the branches above
     labels: list[int]  # that begin with `tokens`
     children: list[int] = field(default_factory=list)
 
@@ -57,15 +60,17 @@ def _trie(ids: list[list[int]]) -> tuple[list[_Branch], list[int]]:
     """All branches, and the numbers of those that start at the prompt."""
     branches: list[_Branch] = []
 
-    def grow(labels: list[int], start: int) -> list[int]:
+    def grow(labels: list[int], start: int, rest: bool = False) -> list[int]:
         grown = []
         for first in dict.fromkeys(ids[label][start] for label in labels):
             below = [label for label in labels if ids[label][start] == first]
-            branch = _Branch(os.path.commonprefix([ids[label] for label in below]), start, below)
+            run = os.path.commonprefix([ids[label] for label in below])
+            cut = len(run) > start + 2 and not rest
+            branch = _Branch(run[: start + 1] if cut else run, start, below)
             grown.append(len(branches))
             branches.append(branch)
-            if len(below) > 1:
-                branch.children = grow(below, len(branch.tokens))
+            if cut or len(below) > 1:
+                branch.children = grow(below, len(branch.tokens), rest=cut)
         return grown
 
     return branches, grow(list(range(len(ids))), 0)
@@ -133,7 +138,7 @@ def _walk(branches, roots, start, n_labels, model, cache, mask, tolerance) -> np
 
     def reach(row: int, numbers: list[int], log_probabilities: np.ndarray) -> None:
         reached[row, numbers] = log_probabilities
-        ends = np.array([len(branches[b].labels) == 1 and len(branches[b].tokens) == branches[b].start + 1 for b in numbers])
+        ends = np.array([not branches[b].children and len(branches[b].tokens) == branches[b].start + 1 for b in numbers])
         is_settled[row, numbers], is_open[row, numbers] = ends, ~ends
 
     for row in range(len(start)):
