@@ -193,9 +193,12 @@ def batches(
         (len(rows), n_tokens), padded on `side`.
 
     Raises:
-        BookError: a text is longer than the model takes.
+        BookError: a text has no tokens, or more than the model takes.
     """
     encoded = tokenizer(texts).input_ids
+    empty = next((row for row, ids in enumerate(encoded) if not ids), None)
+    if empty is not None:
+        raise BookError(f"Text {empty} is empty ({texts[empty]!r}), so there is nothing to read. Drop it or give it a text.")
     longest = max(range(len(texts)), key=lambda row: len(encoded[row]), default=None)
     if longest is not None and len(encoded[longest]) > tokenizer.model_max_length:
         raise BookError(

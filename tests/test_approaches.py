@@ -253,7 +253,7 @@ def test_label_sets_are_what_the_tests_below_say(tokenizer):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_scores_are_those_of_one_forward_pass_for_each_label(causal_lm, tokenizer, labels, batch_size):
     prompts = [text + SUFFIX for text in TEXTS]
-    scores = score_labels(prompts, labels, causal_lm, tokenizer, batch_size)
+    scores = score_labels(prompts, labels, causal_lm, tokenizer, batch_size, tolerance=0)
     assert scores.shape == (4, len(labels)) and scores.dtype == torch.float32
     ended = labels == LABELS["one begins another"]
     for prompt, row in zip(prompts, scores, strict=True):
