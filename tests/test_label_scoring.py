@@ -32,7 +32,7 @@ LABELS = {
     "several tokens": ("sports", "arts and culture", "unputdownable"),
     "shared beginnings": ("remote access software", "remote access tools", "remote services", "arts"),
     "one begins another": ("tech", "tech support", "tech support line", "sports"),
-    "400": tuple(f"{a} {b} {c}" for a in WORDS[:10] for b in WORDS[:10] for c in WORDS[:4]),
+    "400": tuple(f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[:4]),
 }
 every_set = pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS.keys())
 
