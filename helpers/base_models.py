@@ -179,6 +179,24 @@ def on_meta(name: str, n_labels: int | None = None) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(config)
 
 
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text.
+
+    Raises:
+        BookError: a text has no tokens, or more than the model takes.
+    """
+    encoded = tokenizer(texts).input_ids
+    for row, ids in enumerate(encoded):
+        if not ids:
+            raise BookError(f"Text {row} is empty ({texts[row]!r}), so there is nothing to read. Drop it or give it a text.")
+        if len(ids) > tokenizer.model_max_length:
+            raise BookError(
+                f"Text {row} has {len(ids)} tokens, the model takes {tokenizer.model_max_length}. "
+                "Shorten the documents (`tasks.load(…, shorten=…)`)."
+            )
+    return encoded
+
+
 def batches(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, side: str = "right", skip: int = 0
 ) -> Iterator[tuple]:
@@ -193,18 +211,9 @@ def batches(
         (len(rows), n_tokens), padded on `side`.
 
     Raises:
-        BookError: a text has no tokens, or more than the model takes.
+        BookError: as `encode`.
     """
-    encoded = tokenizer(texts).input_ids
-    empty = next((row for row, ids in enumerate(encoded) if not ids), None)
-    if empty is not None:
-        raise BookError(f"Text {empty} is empty ({texts[empty]!r}), so there is nothing to read. Drop it or give it a text.")
-    longest = max(range(len(texts)), key=lambda row: len(encoded[row]), default=None)
-    if longest is not None and len(encoded[longest]) > tokenizer.model_max_length:
-        raise BookError(
-            f"Text {longest} has {len(encoded[longest])} tokens, the model takes {tokenizer.model_max_length}. "
-            "Shorten the documents (`tasks.load(…, shorten=…)`)."
-        )
+    encoded = encode(texts, tokenizer)
     order = sorted(range(len(texts)), key=lambda row: -len(encoded[row]))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 from helpers import base_models, profiles
 from helpers.embedding_head import SUFFIX, embed, fit_probe, train_classifier
 from helpers.evaluation import Predictions, measure
-from helpers.tasks import Task
+from helpers.tasks import Task, texts_of
 
 
 @dataclass
@@ -103,7 +103,7 @@ class FrozenProbe:
         return self
 
     def _embed(self, documents: Dataset) -> np.ndarray:
-        return embed([text + self.suffix for text in documents["text"]], self._model, self._tokenizer, self.pooling)
+        return embed(texts_of(documents, self.suffix), self._model, self._tokenizer, self.pooling)
 
     def predict(self, documents: Dataset) -> Predictions:
         """The probe's probabilities."""

@@ -24,7 +24,7 @@ from helpers import adapters, base_models, profiles
 from helpers.errors import unknown_name
 from helpers.evaluation import Predictions, measure
 from helpers.frozen_layers import computed_once
-from helpers.tasks import Task
+from helpers.tasks import Task, texts_of
 
 SUFFIX = "\n\nThe topic of this article is"
 
@@ -181,14 +181,15 @@ class EmbeddingHead(adapters.Adapted):
         """Train on `task.train`; nothing of validation or test is looked at.
 
         Raises:
-            BookError: `checkpoints` holds those of another training.
+            BookError: a document is longer than the model takes, or `checkpoints` holds those of another training.
         """
         self.labels, self.multi_label = task.labels, task.multi_label
         self._claim_checkpoints(task)
         with measure() as cost:
             set_seed(self.seed)
             model, self.tokenizer = self._load_base()
-            texts = [text + self.suffix for text in task.train["text"]]
+            texts = texts_of(task.train, self.suffix)
+            base_models.encode(texts, self.tokenizer)  # refuse what is too long before the training
             lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers)
             with computed_once(model, self.n_layers):
                 if self.probe_init:
@@ -212,8 +213,12 @@ class EmbeddingHead(adapters.Adapted):
 
     @torch.inference_mode()
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
-        """Probabilities of every label for `documents`, which has the columns `text` and `label`."""
-        texts = [text + self.suffix for text in documents["text"]]
+        """Probabilities of every label for `documents`, which has the columns `text` and `label`.
+
+        Raises:
+            BookError: a text is empty or longer than the model takes.
+        """
+        texts = texts_of(documents, self.suffix)
         logits, tokens = torch.empty(len(texts), len(self.labels)), 0
         with measure() as cost:
             for rows, batch in base_models.batches(texts, self.tokenizer, batch_size):

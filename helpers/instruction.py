@@ -16,7 +16,7 @@ from helpers.errors import BookError
 from helpers.evaluation import Predictions, measure
 from helpers.frozen_layers import computed_once
 from helpers.label_scoring import label_tokens, score_labels
-from helpers.tasks import Task
+from helpers.tasks import Task, texts_of
 
 
 class LabelTokensTrainer(SFTTrainer):
@@ -80,8 +80,8 @@ class InstructionTuned(adapters.Adapted):
         """Train on `task.train`; nothing of validation or test is looked at.
 
         Raises:
-            BookError: a multi-label task, labels that the tokenizer cannot tell apart, TRL dropped documents whose prompt left
-                no room for the label, or `checkpoints` holds those of another training.
+            BookError: a multi-label task, labels that the tokenizer cannot tell apart, a document that is longer than the model
+                takes, documents that TRL dropped, or `checkpoints` holds those of another training.
         """
         if task.multi_label:
             raise BookError(f"{task.name} is multi-label, and this approach says one label. Use EmbeddingHead.")
@@ -101,10 +101,11 @@ class InstructionTuned(adapters.Adapted):
     def _train(self, task: Task, options: dict) -> None:
         profile = profiles.current()
         examples = {
-            "prompt": [text + self.suffix for text in task.train["text"]],
+            "prompt": texts_of(task.train, self.suffix),
             "completion": [" " + task.labels[label] for label in task.train["label"]],
         }
-        longest = max(map(len, self.tokenizer([p + c for p, c in zip(*examples.values(), strict=True)]).input_ids))
+        whole = [prompt + completion for prompt, completion in zip(*examples.values(), strict=True)]
+        longest = max(map(len, base_models.encode(whole, self.tokenizer)))
         trainer_class = SFTTrainer if profile.device == "cuda" else LabelTokensTrainer
         trainer = trainer_class(
             model=self.model,
@@ -135,8 +136,12 @@ class InstructionTuned(adapters.Adapted):
         self.model = trainer.model
 
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
-        """Probabilities of every label for `documents`, which has the columns `text` and `label`."""
-        prompts = [text + self.suffix for text in documents["text"]]
+        """Probabilities of every label for `documents`, which has the columns `text` and `label`.
+
+        Raises:
+            BookError: a text is empty or longer than the model takes.
+        """
+        prompts = texts_of(documents, self.suffix)
         with measure() as cost:
             scores = score_labels(prompts, self.labels, self.model, self.tokenizer, batch_size)
         return Predictions(

@@ -226,6 +226,20 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
     return shorten
 
 
+def texts_of(documents: Dataset, suffix: str = "") -> list[str]:
+    """The texts of a split or of any other data set with the column `text`, each with `suffix` behind it.
+
+    Raises:
+        BookError: there is no such column, or a text is empty or no string.
+    """
+    if "text" not in documents.column_names:
+        raise BookError(f"There is no column 'text', only {', '.join(documents.column_names) or 'none'}. Rename yours.")
+    for row, text in enumerate(documents["text"]):
+        if not isinstance(text, str) or not text.strip():
+            raise BookError(f"Row {row}: the text is {text!r}. Drop the row or give it a text.")
+    return [text + suffix for text in documents["text"]]
+
+
 def _choose(rest: np.ndarray, gold: np.ndarray, per_class: int, labels: tuple[str, ...], name: str, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     chosen = []
