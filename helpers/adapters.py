@@ -79,10 +79,15 @@ class Adapted:
         if self.checkpoints is None:
             return
         settings = {name: value for name, value in asdict(self).items() if name not in ("checkpoints", "name")}
-        settings["documents"] = task.content_hash()
+        settings |= {"approach": type(self).__name__, "documents": task.content_hash()}
         note = Path(self.checkpoints).expanduser() / "training.json"
         if note.exists():
-            before = json.loads(note.read_text(encoding="utf-8"))
+            try:
+                before = json.loads(note.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise BookError(
+                    f"{note} is damaged ({error.msg}). Delete its folder to train anew, or give another one."
+                ) from error
             for name, value in settings.items():
                 if before.get(name) != value:
                     raise BookError(
@@ -90,7 +95,9 @@ class Adapted:
                         f"{value!r}. Give an empty folder, or the same settings and documents."
                     )
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        written = note.with_suffix(".tmp")  # renamed when complete: a process may be killed at any time
+        written.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        written.replace(note)
 
 
 @contextlib.contextmanager

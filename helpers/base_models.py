@@ -100,7 +100,7 @@ def fetch(name: str = DEFAULT) -> str:
 
 
 def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of base model `name`, with a padding token that is not the end-of-sequence token.
+    """The tokenizer of base model `name`, with a padding token that is not the end-of-sequence token, and the model's length.
 
     When both are the same token, a classification head never pools a final end of sequence, and an instruction-tuned
     model never learns to stop (chapters 04 and 05).
@@ -109,6 +109,9 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
         BookError: no spare token is found; name one with `pad_token`.
     """
     tokenizer = AutoTokenizer.from_pretrained(fetch(name))
+    if tokenizer.model_max_length > 1e9:  # not known to the tokenizer
+        config = AutoConfig.from_pretrained(fetch(name)).get_text_config()
+        tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     if pad_token is not None:
         tokenizer.pad_token = pad_token
     elif tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -134,8 +137,7 @@ def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int 
         BookError: the model has fewer than `n_layers` blocks.
     """
     total = model.config.get_text_config().num_hidden_layers
-    if n_layers is not None and not 1 <= n_layers <= total:
-        raise BookError(f"The model has {total} layers, so n_layers={n_layers} does not fit: use 1 to {total}, or None for all.")
+    check_n_layers(n_layers, total)
     linear = (torch.nn.Linear, Conv1D)  # bitsandbytes' 4- and 8-bit layers derive from the first
     blocks = model.base_model.named_modules()
     names = {name.split(".")[-1] for name, module in blocks if isinstance(module, linear) and "." in name}
@@ -146,6 +148,12 @@ def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int 
         target_modules=sorted(names),
         layers_to_transform=None if n_layers is None else list(range(total - n_layers, total)),
     )
+
+
+def check_n_layers(n_layers: int | None, total: int) -> None:
+    """Refuse a number of upper layers that a model of `total` layers does not have."""
+    if n_layers is not None and not 1 <= n_layers <= total:
+        raise BookError(f"The model has {total} layers, so n_layers={n_layers} does not fit: use 1 to {total}, or None for all.")
 
 
 # The shapes of well-known models, so that parameters and bytes can be counted without a download or a licence.

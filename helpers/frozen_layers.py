@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from helpers import base_models
 from helpers.errors import BookError
 
 
@@ -16,6 +17,9 @@ class RememberedLayers(torch.nn.Module):
 
     A text's states are computed when it is first seen and then looked up, whatever it is padded with and on which side. They
     are kept in main memory, n_tokens · hidden_size numbers a text.
+
+    Attributes:
+        attention_mask: of the ids that come next, None where nothing is padding; the decoder's hook sets it.
     """
 
     def __init__(self, decoder: PreTrainedModel, n_frozen: int) -> None:
@@ -23,21 +27,19 @@ class RememberedLayers(torch.nn.Module):
         lower = copy.copy(decoder)
         lower._modules = {**decoder._modules, "layers": decoder.layers[:n_frozen].eval(), "norm": torch.nn.Identity()}
         self._lower = (lower,)  # in a tuple, so that its weights are not registered a second time
-        self._pad = decoder.config.pad_token_id
         self._states: dict[tuple[int, ...], torch.Tensor] = {}
+        self.attention_mask: torch.Tensor | None = None
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shape (n_texts, n_tokens) to (n_texts, n_tokens, hidden_size); zeros where there is padding."""
-        spans, texts = [], []
-        for row in input_ids.tolist():
-            kept = [position for position, token in enumerate(row) if token != self._pad]
-            spans.append(slice(kept[0], kept[-1] + 1))
-            texts.append(tuple(row[spans[-1]]))
+        kept = torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask
+        kept = kept.bool().cpu()
+        texts = [tuple(row[where].tolist()) for row, where in zip(input_ids.cpu(), kept, strict=True)]
         self._remember([text for text in dict.fromkeys(texts) if text not in self._states])
         states = [self._states[text] for text in texts]
         out = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
-        for row, span, state in zip(out, spans, states, strict=True):
-            row[span] = state
+        for row, where, state in zip(out, kept, states, strict=True):
+            row[where] = state
         return out.to(input_ids.device)
 
     @torch.no_grad()
@@ -72,31 +74,49 @@ def computed_once(model: PreTrainedModel | PeftModel, n_layers: int | None) -> I
         n_layers: as for `base_models.upper_lora`; None does nothing.
 
     Raises:
-        BookError: a model of another kind, without a padding token, or with something to train in the lower layers.
+        BookError: a model of another kind or with fewer layers, or adapters in the lower ones.
     """
     if n_layers is None:
         yield
         return
     decoder = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     if not all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm")):
-        raise BookError(
-            f"{type(decoder).__name__} is not built like Llama, so its lower layers cannot be computed once. Use None."
-        )
-    if decoder.config.pad_token_id is None:
-        raise BookError("The model's config has no pad_token_id, so padding cannot be told from text. Set it.")
+        raise _other_kind(decoder)
+    base_models.check_n_layers(n_layers, len(decoder.layers))
     n_frozen = len(decoder.layers) - n_layers
-    lower = list(decoder.layers[:n_frozen])
+    embedding, lower = decoder.embed_tokens, list(decoder.layers[:n_frozen])
     if any("lora" in name for layer in lower for name, _ in layer.named_parameters()):
         raise BookError(f"There are adapters below the upper {n_layers} layers, so these are not frozen. Use n_layers=None.")
-    embedding = decoder.embed_tokens
     for module in (embedding, *lower):
         module.requires_grad_(False)
+    remembered = RememberedLayers(decoder, n_frozen)
+
+    def note_padding(_, args, kwargs) -> None:
+        remembered.attention_mask = kwargs.get("attention_mask")
+
+    sample = torch.arange(3, device=decoder.device)[None]
+    expected = _last_hidden_state(decoder, sample)
+    hook = decoder.register_forward_pre_hook(note_padding, with_kwargs=True)
     try:
-        decoder.embed_tokens = RememberedLayers(decoder, n_frozen)
+        decoder.embed_tokens = remembered
         for index in range(n_frozen):
             decoder.layers[index] = _Skipped()
+        if not torch.allclose(_last_hidden_state(decoder, sample), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+            raise _other_kind(decoder)  # some models scale their embeddings, for one
         yield
     finally:
+        hook.remove()
         decoder.embed_tokens = embedding
         for index, layer in enumerate(lower):
             decoder.layers[index] = layer
+
+
+@torch.no_grad()
+def _last_hidden_state(decoder: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return decoder(ids, use_cache=False).last_hidden_state
+
+
+def _other_kind(decoder: PreTrainedModel) -> BookError:
+    return BookError(
+        f"{type(decoder).__name__} is not built like Llama, so its lower layers cannot be computed once. Use n_layers=None."
+    )

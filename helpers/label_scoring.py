@@ -104,6 +104,10 @@ def score_labels(
     Raises:
         BookError: labels that cannot be told apart, or a prompt longer than the model takes.
     """
+    if not labels:
+        raise BookError("There are no labels to score. Give at least one.")
+    if not prompts:
+        return torch.empty(0, len(labels))
     branches, roots = _trie(label_tokens(labels, tokenizer))
     first_tokens = [branches[root].tokens[0] for root in roots]
     read_on = any(len(branch.tokens) > 1 for branch in branches)

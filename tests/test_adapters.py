@@ -183,6 +183,9 @@ def test_checkpoints_of_another_training_are_refused(kind, tiny_model, tiny_task
     with pytest.raises(BookError, match="documents was") as second:
         kind(tiny_model, **settings).fit(fewer)
     assert "\n" not in str(first.value) + str(second.value)
+    other = InstructionTuned if kind is EmbeddingHead else EmbeddingHead
+    with pytest.raises(BookError, match="checkpoints of another training"):
+        other(tiny_model, **settings).fit(tiny_task)
     assert json.loads((tmp_path / "training.json").read_text())["rank"] == 4
 
 
@@ -193,3 +196,10 @@ def test_padding_side_and_order_do_not_matter(kind, trained, tiny_task, tmp_path
     again.tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved", padding_side="left")
     backwards = Dataset.from_list(tiny_task.test.to_list()[::-1])
     assert np.allclose(again.predict(backwards, batch_size=2).probabilities[::-1], expected, atol=1e-4)
+
+
+def test_a_damaged_note_is_named(tiny_model, tiny_task, tmp_path):
+    (tmp_path / "training.json").write_text('{"rank": ')
+    with pytest.raises(BookError, match="training.json is damaged") as caught:
+        EmbeddingHead(tiny_model, checkpoints=str(tmp_path), **SETTINGS).fit(tiny_task)
+    assert "\n" not in str(caught.value)

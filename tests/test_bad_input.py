@@ -45,8 +45,8 @@ def test_a_missing_column_is_named(name, fitted):
 
 @pytest.mark.parametrize("name", APPROACHES)
 def test_texts_beyond_the_context_are_refused_when_predicting(name, fitted):
-    documents = Dataset.from_dict({"text": ["the goal", "goal " * 9000], "label": [0, 0]})
-    with pytest.raises(BookError, match="Text 1 has .* the model takes 8192") as caught:
+    documents = Dataset.from_dict({"text": ["the goal", "goal " * 2100], "label": [0, 0]})
+    with pytest.raises(BookError, match="Text 1 has .* the model takes 2048") as caught:
         fitted[name].predict(documents)
     assert "\n" not in str(caught.value)
 
@@ -55,8 +55,8 @@ def test_texts_beyond_the_context_are_refused_when_predicting(name, fitted):
 def test_texts_beyond_the_context_are_refused_before_training(make, tiny_model, tiny_task):
     parts = {split: getattr(tiny_task, split) for split in SPLITS}
     rows = parts["train"].to_list()
-    rows[4]["text"] = "goal " * 9000
-    with pytest.raises(BookError, match="Text 4 has .* the model takes 8192"):
+    rows[4]["text"] = "goal " * 2100
+    with pytest.raises(BookError, match="Text 4 has .* the model takes 2048"):
         make(tiny_model).fit(Task("long", tiny_task.labels, **{**parts, "train": Dataset.from_list(rows)}))
 
 

@@ -6,6 +6,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen3Config,
@@ -103,6 +104,8 @@ def test_the_lower_layers_see_each_text_once(model):
     for index, layer in enumerate(model.get_base_model().model.layers):
         layer.register_forward_hook(lambda _, args, out, index=index: calls[index].append(len(args[0])))
     with computed_once(model, 2):
+        for seen in calls.values():  # entering looks at the model
+            seen.clear()
         train(model, epochs=3)
     assert [sum(calls[index]) for index in range(4)] == [4, 4, 12, 12]
 
@@ -147,7 +150,28 @@ def test_what_cannot_be_computed_once_is_refused(model):
         pass
     with pytest.raises(BookError, match="adapters below the upper 1 layers") as second, computed_once(adapted(model), 1):
         pass
-    model.config.pad_token_id = None
-    with pytest.raises(BookError, match="no pad_token_id") as third, computed_once(model, 1):
+    with pytest.raises(BookError, match="n_layers=5 does not fit") as third, computed_once(model, 5):
         pass
     assert not any("\n" in str(caught.value) for caught in (first, second, third))
+
+
+def test_a_model_that_scales_its_embeddings_is_refused_and_left_whole():
+    torch.manual_seed(0)
+    shape = {name: value for name, value in SHAPE.items() if name != "head_dim"}
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**shape, embedding_multiplier=12.0)).eval()
+    batch = padded(TEXTS)
+    with torch.inference_mode():
+        expected = model(**batch).logits
+    with pytest.raises(BookError, match="GraniteModel is not built like Llama"), computed_once(model, 2):
+        pass
+    with torch.inference_mode():
+        assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("text", [[0, 5, 6], [5, 6, 0], [0, 0]])
+def test_padding_tokens_that_the_mask_calls_text_are_text(model, text):
+    batch = {"input_ids": torch.tensor([text]), "attention_mask": torch.ones(1, len(text), dtype=torch.long)}
+    with torch.inference_mode():
+        expected = model.base_model(**batch).last_hidden_state
+        with computed_once(model, 2):
+            assert torch.allclose(model.base_model(**batch).last_hidden_state, expected, atol=1e-5)
