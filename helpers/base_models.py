@@ -109,9 +109,8 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
         BookError: no spare token is found; name one with `pad_token`.
     """
     tokenizer = AutoTokenizer.from_pretrained(fetch(name))
-    if tokenizer.model_max_length > 1e9:  # not known to the tokenizer
-        config = AutoConfig.from_pretrained(fetch(name)).get_text_config()
-        tokenizer.model_max_length = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    config = AutoConfig.from_pretrained(fetch(name)).get_text_config()  # many tokenizers do not know the model's length
+    tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
     if pad_token is not None:
         tokenizer.pad_token = pad_token
     elif tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
