@@ -5,17 +5,21 @@ Chapter 06 explains the statistics.
 """
 
 import contextlib
+import re
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import bootstrap
+from scipy.optimize import brentq
+from scipy.stats import binom, bootstrap
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from helpers.errors import BookError
@@ -35,7 +39,8 @@ class Predictions:
         training_seconds: wall-clock time of training.
         trainable_parameters: numbers that training changed.
         tokens: the model read while predicting, padding left out; 0 for approaches without a tokenizer.
-        peak_memory: bytes of GPU memory in use at most; None on a CPU.
+        peak_memory: while predicting, in bytes, as `measure` has it.
+        test_set: a fingerprint of the test documents, "" if unknown; `compare` refuses two that differ.
 
     Raises:
         BookError: shapes that do not match, rows that are no probabilities, gold labels outside `labels`.
@@ -50,6 +55,7 @@ class Predictions:
     trainable_parameters: int = 0
     tokens: int = 0
     peak_memory: int | None = None
+    test_set: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probabilities", np.asarray(self.probabilities, dtype=float))
@@ -101,7 +107,10 @@ class Predictions:
 
 @contextlib.contextmanager
 def measure() -> Iterator[SimpleNamespace]:
-    """Time a block, and its peak GPU memory where there is a GPU.
+    """Time a block and its peak memory: `seconds` and, in bytes, `peak_memory`.
+
+    On a GPU that is the memory of tensors; on a CPU what the whole process holds at most, Python and libraries included,
+    which only Linux tells (None elsewhere).
 
     >>> with measure() as cost:
     ...     trainer.train()
@@ -112,12 +121,25 @@ def measure() -> Iterator[SimpleNamespace]:
     if gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    else:
+        _resident_memory(reset=True)
     start = time.perf_counter()
     yield cost
     if gpu:
         torch.cuda.synchronize()
-        cost.peak_memory = torch.cuda.max_memory_allocated()
     cost.seconds = time.perf_counter() - start
+    cost.peak_memory = torch.cuda.max_memory_allocated() if gpu else _resident_memory()
+
+
+def _resident_memory(reset: bool = False) -> int | None:
+    """Most bytes this process had in memory since the last reset; None where the system does not tell."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0) -> dict[str, float]:
@@ -133,76 +155,236 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
     Raises:
         BookError: there is only one document.
     """
-    gold, predicted = predictions.gold, predictions.predicted
-    n_documents, n_labels = predictions.probabilities.shape
+    gold, predicted = _indicators(predictions)
+    n_documents = len(gold)
     if n_documents < 2:
         raise BookError(f"{predictions.approach}: one document gives no interval. Evaluate on more.")
-    if not predictions.multi_label:
-        gold, predicted = (labels[:, None] == np.arange(n_labels) for labels in (gold, predicted))
     low, high = proportion_confint(int(predictions.correct.sum()), n_documents, alpha=1 - confidence, method="wilson")
 
-    def macro_f1(rows: np.ndarray, axis: int = -1) -> np.ndarray:
-        """scikit-learn's macro-F1 of all resamples at once: 2 · both / (gold + predicted), averaged over labels."""
-        per_label = []
-        for is_gold, is_predicted in zip(gold.T.astype(bool), predicted.T.astype(bool), strict=True):
-            total = is_gold[rows].sum(axis=axis) + is_predicted[rows].sum(axis=axis)
-            per_label.append(2 * (is_gold & is_predicted)[rows].sum(axis=axis) / np.maximum(total, 1))
-        return np.mean(per_label, axis=0)
-
-    interval = bootstrap(
-        (np.arange(n_documents),),
-        macro_f1,
-        vectorized=True,
-        method="percentile",
-        confidence_level=confidence,
-        n_resamples=n_resamples,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    interval = _bootstrap(lambda weights: _macro_f1(weights, gold, predicted), n_documents, confidence, n_resamples, seed)
     return {
         "accuracy": predictions.correct.mean(),
         "accuracy_low": low,
         "accuracy_high": high,
         "macro_f1": f1_score(gold, predicted, average="macro", zero_division=0),
-        "macro_f1_low": interval.low,
-        "macro_f1_high": interval.high,
+        "macro_f1_low": interval[0],
+        "macro_f1_high": interval[1],
         "micro_f1": f1_score(gold, predicted, average="micro", zero_division=0),
     }
 
 
+def _indicators(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """Gold and predicted labels as zeros and ones, each of shape (n_documents, n_labels)."""
+    if predictions.multi_label:
+        return predictions.gold, predictions.predicted
+    numbers = np.arange(len(predictions.labels))
+    return tuple((each[:, None] == numbers).astype(int) for each in (predictions.gold, predictions.predicted))
+
+
+def _macro_f1(weights: np.ndarray, gold: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """scikit-learn's macro-F1 where document d counts `weights[..., d]` times, for all rows of weights at once."""
+    total = weights @ (gold + predicted)
+    return np.mean(2 * (weights @ (gold * predicted)) / np.maximum(total, 1), axis=-1)
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], n_documents: int, confidence: float, n_resamples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile interval of `statistic`, a function of how often each document was drawn, shape (n_resamples, n_documents)."""
+
+    def of_rows(rows: np.ndarray, axis: int = -1) -> np.ndarray:
+        rows = np.atleast_2d(rows)
+        shifted = rows + n_documents * np.arange(len(rows))[:, None]
+        return statistic(np.bincount(shifted.ravel(), minlength=rows.size).reshape(rows.shape).astype(float))
+
+    interval = bootstrap(
+        (np.arange(n_documents),),
+        of_rows,
+        vectorized=True,
+        method="percentile",
+        confidence_level=confidence,
+        n_resamples=n_resamples,
+        batch=1000,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
 def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> dict[str, float]:
-    """Is `a` more accurate than `b` on the same documents? Paired, because both were asked about each of them.
+    """Is `a` better than `b` on the same documents? Paired, because both were asked about each of them.
 
     Returns:
-        `difference` in accuracy (a - b, in -1..1) with its paired bootstrap interval `low`, `high`; `only_a` and `only_b`,
-        the documents that just one of them gets right; `p_value` of the exact McNemar test on these two counts.
+        `difference` in accuracy (a - b, in -1..1) with its paired bootstrap interval `low`, `high`; the same for macro-F1 as
+        `macro_f1_difference`, `macro_f1_low`, `macro_f1_high`; `only_a` and `only_b`, the documents that just one of them
+        gets right; `p_value` of the exact McNemar test on these two counts.
 
     Raises:
-        BookError: the two do not have the same gold labels, so they are not about the same documents.
+        BookError: the two were not asked about the same documents, or there is only one document.
     """
-    if a.labels != b.labels or not np.array_equal(a.gold, b.gold):
+    same = a.test_set == b.test_set or not (a.test_set and b.test_set)
+    if a.labels != b.labels or not np.array_equal(a.gold, b.gold) or not same:
         raise BookError(f"{a.approach} and {b.approach} were not tested on the same documents: compare them on one test set.")
+    if len(a.gold) < 2:
+        raise BookError(f"{a.approach} and {b.approach}: one document gives no interval. Compare them on more.")
     both, only_a = int((a.correct & b.correct).sum()), int((a.correct & ~b.correct).sum())
     only_b, neither = int((~a.correct & b.correct).sum()), int((~a.correct & ~b.correct).sum())
-    difference = a.correct.astype(int) - b.correct.astype(int)
-    low = high = float(difference[0])
-    if np.ptp(difference):  # the bootstrap is not defined for a constant
-        interval = bootstrap(
-            (difference,),
-            np.mean,
-            method="percentile",
-            confidence_level=confidence,
-            n_resamples=n_resamples,
-            rng=np.random.default_rng(seed),
-        ).confidence_interval
-        low, high = interval.low, interval.high
+    right = a.correct.astype(int) - b.correct.astype(int)
+    (gold, said_a), (_, said_b) = _indicators(a), _indicators(b)
+
+    def macro_f1(weights: np.ndarray) -> np.ndarray:
+        return _macro_f1(weights, gold, said_a) - _macro_f1(weights, gold, said_b)
+
+    options = (len(a.gold), confidence, n_resamples, seed)
+    low, high = _bootstrap(lambda weights: weights @ right / len(right), *options)
+    macro_low, macro_high = _bootstrap(macro_f1, *options)
     return {
-        "difference": difference.mean(),
+        "difference": right.mean(),
         "low": low,
         "high": high,
+        "macro_f1_difference": float(macro_f1(np.ones(len(right)))),
+        "macro_f1_low": macro_low,
+        "macro_f1_high": macro_high,
         "only_a": only_a,
         "only_b": only_b,
         "p_value": mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue,
     }
+
+
+def comparisons(pairs: dict[str, tuple[Predictions, Predictions]], **options) -> pd.DataFrame:
+    """`compare` for every pair, with the p-values of the whole family adjusted by Holm's method as `p_holm`.
+
+    Args:
+        pairs: what to call each comparison, and its two sides.
+        options: of `compare`.
+
+    Returns:
+        A DataFrame with one row a pair; the chance of one false "better" anywhere in it is at most 5 % at `p_holm` < 0.05.
+    """
+    rows = pd.DataFrame({name: compare(a, b, **options) for name, (a, b) in pairs.items()}).T
+    return rows.assign(p_holm=multipletests(rows["p_value"], method="holm")[1])
+
+
+def pool(results: Sequence[Predictions]) -> Predictions:
+    """One approach's predictions on several test sets (seeds) as if they were one: for `compare` and calibration.
+
+    Its intervals and tests are over documents. A document that several test sets drew counts several times, and what
+    training sets and seeds add shows in `spread` only.
+    """
+    first = results[0]
+    return replace(
+        first,
+        probabilities=np.concatenate([each.probabilities for each in results]),
+        gold=np.concatenate([each.gold for each in results]),
+        seconds=sum(each.seconds for each in results),
+        tokens=sum(each.tokens for each in results),
+        test_set=" ".join(each.test_set for each in results).strip(),
+    )
+
+
+def spread(results: Sequence[Predictions]) -> dict[str, float]:
+    """How much of one approach's spread in accuracy comes from the test documents, how much from training.
+
+    Every seed draws its own training and test documents, so the variance between seeds is the sum of both. That of the
+    documents is known, p (1 - p) / n; what is left comes from the training documents and the seed (method of moments,
+    never below zero). With three seeds it is a rough figure.
+
+    Returns:
+        `mean` accuracy and the standard deviations `between_seeds` (observed), `documents` and `training`, all in 0..1.
+
+    Raises:
+        BookError: there is one result only, or two of them have the same test set.
+    """
+    if len(results) < 2:
+        raise BookError(f"{results[0].approach}: one seed has no spread. Record at least two.")
+    known = [each.test_set for each in results if each.test_set]
+    if len(known) != len(set(known)):
+        raise BookError(f"{results[0].approach}: two results have the same test set, so its documents add no spread. Drop one.")
+    accuracy = np.array([each.correct.mean() for each in results])
+    documents = np.mean([p * (1 - p) / len(each.gold) for p, each in zip(accuracy, results, strict=True)])
+    between = accuracy.var(ddof=1)
+    return {
+        "mean": accuracy.mean(),
+        "between_seeds": between**0.5,
+        "documents": documents**0.5,
+        "training": max(between - documents, 0.0) ** 0.5,
+    }
+
+
+def power(difference: float, n_documents: int, disagree: float, alpha: float = 0.05) -> float:
+    """Chance that the exact McNemar test finds a true `difference` in accuracy between two classifiers.
+
+    Args:
+        difference: in 0..disagree.
+        disagree: share of the documents on which just one of the two is right.
+    """
+    k = np.arange(n_documents + 1)  # documents on which they disagree
+    cut = binom.ppf(alpha / 2, k, 0.5) - 1  # so few on one side: significant
+    share = (disagree + difference) / (2 * disagree)
+    significant = binom.cdf(cut, k, share) + binom.sf(k - cut - 1, k, share)
+    return float(binom.pmf(k, n_documents, disagree) @ significant)
+
+
+def minimum_detectable_effect(n_documents: int, disagree: float, wanted_power: float = 0.8, alpha: float = 0.05) -> float:
+    """The smallest true difference in accuracy that `n_documents` show with `wanted_power` (chapter 01 derives it).
+
+    Returns:
+        The difference in 0..disagree, or NaN where even winning every disagreement would not be enough.
+
+    Raises:
+        BookError: `disagree` is no share of the documents.
+    """
+    if not 0 < disagree <= 1:
+        raise BookError(f"disagree is {disagree}, but it is a share of the documents: more than 0, at most 1.")
+    if power(disagree, n_documents, disagree, alpha) < wanted_power:
+        return float("nan")
+    return brentq(lambda difference: power(difference, n_documents, disagree, alpha) - wanted_power, 1e-9, disagree)
+
+
+def _confidence(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """How sure, and whether right: a document's most probable label; multi-label, every label of every document."""
+    if predictions.multi_label:
+        return predictions.probabilities.ravel(), predictions.gold.ravel().astype(bool)
+    return predictions.probabilities.max(axis=1), predictions.correct
+
+
+def reliability(predictions: Predictions, n_bins: int = 10) -> pd.DataFrame:
+    """Confidence against accuracy in `n_bins` bins of equal width: calibrated where the two are equal.
+
+    Returns:
+        One row a bin that has documents, with `confidence`, `accuracy` (means) and `documents`; in a multi-label task every
+        label of every document is one, with its probability and whether it is true.
+    """
+    confidence, correct = _confidence(predictions)
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    rows = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct.astype(float), "documents": 1})
+    return rows.groupby("bin").agg({"confidence": "mean", "accuracy": "mean", "documents": "sum"})
+
+
+def expected_calibration_error(predictions: Predictions, n_bins: int = 10) -> float:
+    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by documents, in 0..1.
+
+    Guo et al. 2017, arXiv 1706.04599.
+    """
+    rows = reliability(predictions, n_bins)
+    return float(np.average((rows["confidence"] - rows["accuracy"]).abs(), weights=rows["documents"]))
+
+
+def risk_coverage(predictions: Predictions) -> pd.DataFrame:
+    """Error rate among the most confident documents, for every number of documents answered.
+
+    Returns:
+        A row for every distinct confidence, most confident first: `coverage`, the share of documents at least so sure, and
+        `risk`, the share of wrong ones among them. Multi-label: a document is as sure as its least certain label, and
+        right if all of its labels are.
+    """
+    sure = predictions.probabilities.max(axis=1)
+    if predictions.multi_label:
+        sure = np.maximum(predictions.probabilities, 1 - predictions.probabilities).min(axis=1)
+    order = np.argsort(-sure, kind="stable")
+    answered = np.arange(1, len(order) + 1)
+    risk = np.cumsum(~predictions.correct[order]) / answered
+    last = np.append(np.diff(sure[order]) != 0, True)  # equally sure documents are answered together
+    return pd.DataFrame({"coverage": answered[last] / len(order), "risk": risk[last]})
 
 
 def table(results: Iterable[Predictions]) -> pd.DataFrame:

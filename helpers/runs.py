@@ -1,29 +1,34 @@
 """Recorded runs: what a table or figure is drawn from, one JSON object a line, with everything needed to believe it.
 
-python -m helpers.runs book/results/two_approaches.yaml
+python -m helpers.runs book/results/side_by_side.yaml
 """
 
 import argparse
+import hashlib
+import inspect
 import itertools
 import json
 import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from helpers import base_models, baselines, embedding_head, instruction, profiles, tasks
+from helpers import base_models, baselines, embedding_head, instruction, profiles, sources, tasks
 from helpers.errors import BookError, unknown_name
-from helpers.evaluation import Predictions, evaluate
+from helpers.evaluation import Predictions, evaluate, measure
 
 APPROACHES = {
     each.__name__: each
@@ -37,6 +42,13 @@ APPROACHES = {
     )
 }
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "scikit-learn")
+SHORTEN = {  # what a sweep may say of a task, and how its texts are then shortened
+    "headline": lambda wanted: tasks.first_line if wanted else None,
+    "words": tasks.first_words,
+    "tokens": lambda n: tasks.first_tokens(base_models.load_tokenizer(), n),
+}
+_SWEEP = ("tasks", "seeds", "approaches", "base_model", "full")
+_SPLIT = tuple(name for name, each in inspect.signature(tasks.split).parameters.items() if each.kind is each.KEYWORD_ONLY)
 
 
 def provenance() -> dict:
@@ -55,106 +67,272 @@ def provenance() -> dict:
     }
 
 
+def other_versions(records: Iterable[dict]) -> list[str]:
+    """One line for every library version that made some of `records` and is not the one installed here."""
+    here, counted = {name: version(name).split("+")[0] for name in LIBRARIES}, {}
+    for record in records:
+        for name, then in record["provenance"]["versions"].items():
+            if then.split("+")[0] != here.get(name):
+                counted[name, then] = counted.get((name, then), 0) + 1
+    return [f"{n} records were made with {name} {then}; here it is {here.get(name)}." for (name, then), n in counted.items()]
+
+
 def read(path: str | Path) -> list[dict]:
     """The records of a file, oldest first; none if there is no such file.
 
+    A last line without an end was torn by a crash or a cut copy: it is left out, with a word on stderr, and `append` takes
+    it away.
+
     Raises:
-        BookError: a line that is no record.
+        BookError: another line that is no record, or two records of the same run.
     """
-    path, records = Path(path), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+    path, records, seen = Path(path), [], {}
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    for number, line in enumerate(lines, start=1):
+        last = number == len(lines)
+        if last and not line:
+            break
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise BookError(
-                f"{path}, line {number} is no record ({error.msg}). Delete the line; its run is then made again."
-            ) from error
+            record = json.loads(line)
+            run = json.dumps(record["key"], sort_keys=True)
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            if last:
+                print(f"{path}: the last line is torn and left out; its run will be made again.", file=sys.stderr)
+                break
+            raise BookError(f"{path}, line {number} is no record ({error!r}). Delete it; its run is then made again.") from error
+        if run in seen:
+            raise BookError(f"{path}, line {number} records the same run as line {seen[run]}. Delete one of them.")
+        seen[run] = number
+        records.append(record)
     return records
+
+
+def append(path: str | Path, record: dict) -> bool:
+    """Add `record` to the file, unless it holds the same run already; returns whether it was added.
+
+    The new file is written beside the old one and put in its place at once, under a lock: whenever the process dies, the
+    file has the record or does not have it, and two processes can write to it.
+    """
+    path = Path(path)
+    with FileLock(f"{path}.lock"):
+        records = read(path)
+        if any(record["key"] == each["key"] for each in records):
+            return False
+        written = path.with_name(f"{path.name}.tmp")
+        with open(written, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in [*records, record])
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(path)
+    return True
 
 
 def predictions_of(record: dict) -> Predictions:
     """A record's predictions, as its approach gave them (probabilities to five digits)."""
     kept = ("seconds", "training_seconds", "trainable_parameters", "tokens", "peak_memory")
     cost = {name: record["cost"][name] for name in kept}
-    probabilities = np.array(record["probabilities"])
-    return Predictions(record["name"], tuple(record["labels"]), probabilities, np.array(record["gold"]), **cost)
+    probabilities, gold = np.array(record["probabilities"]), np.array(record["gold"])
+    if gold.ndim == 1:
+        probabilities /= probabilities.sum(axis=1, keepdims=True)  # undo what rounding did to many labels
+    return Predictions(record["name"], tuple(record["labels"]), probabilities, gold, **cost, test_set=record["test_set"])
 
 
-def run(path: str | Path, key: dict) -> dict:
-    """Make one run and append its record to `path`.
+def frame(records: Iterable[dict]) -> pd.DataFrame:
+    """Records as a table to filter, group and draw: a row each, with the record itself in the column `record`.
+
+    Returns:
+        Columns `task` (with what was kept of its texts), `approach` (its name), `seed`, `rank` (NaN without LoRA), `profile`,
+        the metrics in 0..1, the cost and `record`.
+    """
+    rows = []
+    for record in records:
+        key = record["key"]
+        options = key["options"]
+        kept = "headline" if options.get("headline") else next((f"{options[o]} {o}" for o in SHORTEN if o in options), "whole")
+        rows.append(
+            {
+                "task": f"{key['task']}, {kept}",
+                "approach": record["name"],
+                "seed": key["seed"],
+                "rank": key["settings"].get("rank"),
+                "profile": key["profile"],
+                **record["metrics"],
+                **record["cost"],
+                "record": record,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def load_task(key: dict) -> tasks.Task:
+    """The task of a run, in the splits of its seed."""
+    options = dict(key["options"])
+    for name, shorten in SHORTEN.items():
+        if name in options:
+            options["shorten"] = shorten(options.pop(name))
+    return tasks.load(key["task"], seed=key["seed"], **options)
+
+
+def test_set(task: tasks.Task) -> str:
+    """A fingerprint of the test documents with their labels: equal only for the same documents in the same order."""
+    rows = [[document["label"], document["text"]] for document in task.test]
+    return hashlib.sha256(json.dumps([task.labels, rows], ensure_ascii=False).encode()).hexdigest()
+
+
+def run(key: dict) -> dict:
+    """Make one run and return its record.
 
     Args:
-        key: what is run: `approach` and its `settings`, `task` and its `options`, `seed`.
+        key: what is run: `approach` and its `settings`, `task` and its `options`, `seed`, `profile`.
     """
-    options = dict(key["options"])
-    if "tokens" in options:
-        options["shorten"] = tasks.first_tokens(base_models.load_tokenizer(), options.pop("tokens"))
-    if "words" in options:
-        options["shorten"] = tasks.first_words(options.pop("words"))
-    task = tasks.load(key["task"], seed=key["seed"], **options)
-    said = APPROACHES[key["approach"]](**key["settings"]).fit(task).predict(task.test)
-    record = {
+    task = load_task(key)
+    with measure() as training:
+        approach = APPROACHES[key["approach"]](**key["settings"]).fit(task)
+    said = approach.predict(task.test)
+    return {
         "key": key,
         "name": said.approach,
         "content_hash": task.content_hash(),
+        "test_set": test_set(task),
         "labels": said.labels,
         "metrics": evaluate(said),
         "cost": {
             "training_seconds": said.training_seconds,
+            "training_peak_memory": training.peak_memory,
             "seconds": said.seconds,
             "documents_per_second": said.documents_per_second,
+            "tokens_per_second": said.tokens / said.seconds if said.tokens else None,
             "tokens": said.tokens,
-            "trainable_parameters": said.trainable_parameters,
             "peak_memory": said.peak_memory,
+            "trainable_parameters": said.trainable_parameters,
+            "adapter_bytes": _adapter_bytes(approach),
         },
         "provenance": provenance(),
         "gold": said.gold.tolist(),
         "probabilities": said.probabilities.round(5).tolist(),
     }
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    with FileLock(f"{path}.lock"), open(path, "a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-    return record
 
 
 def keys(sweep: dict) -> list[dict]:
-    """Every run of a sweep: all approaches with all their settings, on all seeds.
+    """Every run of a sweep, each once: all tasks with all approaches in all their settings, seed by seed.
+
+    Args:
+        sweep: `tasks` and `approaches`, lists of `name: options`, where an approach's option may be a list, which is tried
+            value by value; `seeds`; optionally `base_model`, for every approach that has the book's base model; and
+            `full`, what is different under the full profile.
 
     Raises:
-        BookError: an unknown approach or setting (the nearest is suggested).
+        BookError: an unknown entry, task, option, approach or setting (the nearest is suggested), or one that is missing.
     """
+    profile = profiles.current().name
+    sweep = _checked(sweep, "entry of a sweep", _SWEEP)
+    different = _checked(sweep.pop("full", None) or {}, "entry of `full`", _SWEEP[:-1])
+    sweep |= different if profile == "full" else {}
+    for entry in _SWEEP[:3]:
+        if not isinstance(sweep.get(entry), list) or not sweep[entry]:
+            raise BookError(f"A sweep needs {entry!r}, a list with one entry or more. It has {sweep.get(entry)!r}.")
     found = []
-    for seed, (name, settings) in itertools.product(
-        sweep["seeds"], [pair for each in sweep["approaches"] for pair in each.items()]
-    ):
+    for seed, task, approach in itertools.product(sweep["seeds"], sweep["tasks"], sweep["approaches"]):
+        (task, options), (name, settings) = _named(task), _named(approach)
+        if task not in sources.TASKS:
+            raise unknown_name("task", task, sources.TASKS)
         if name not in APPROACHES:
             raise unknown_name("approach", name, APPROACHES)
-        for setting in settings or {}:
-            if setting not in APPROACHES[name].__dataclass_fields__:
-                raise unknown_name(f"setting of {name}", setting, APPROACHES[name].__dataclass_fields__)
-        seeded = {"seed": seed} if "seed" in APPROACHES[name].__dataclass_fields__ else {}
-        # all settings, so that a record does not count any more when a default has changed
-        complete = asdict(APPROACHES[name](**(settings or {}), **seeded))
-        found.append({"approach": name, "settings": complete, "task": sweep["task"], "options": sweep["options"], "seed": seed})
+        defaults = {each.name: each.default for each in fields(APPROACHES[name])}
+        options = _checked(options, "option of a task", (*SHORTEN, *(set(_SPLIT) - {"shorten", "seed"})))
+        settings = _checked(settings, f"setting of {name}", defaults)
+        if "base_model" in sweep and defaults.get("base_model") == base_models.DEFAULT:
+            settings.setdefault("base_model", sweep["base_model"])
+        if "seed" in defaults:
+            settings["seed"] = seed
+        grid = [value if isinstance(value, list) else [value] for value in settings.values()]
+        for values in itertools.product(*grid):
+            # all settings, so that a record does not count any more when a default has changed
+            complete = asdict(APPROACHES[name](**dict(zip(settings, values, strict=True))))
+            made = {"approach": name, "settings": complete, "task": task, "options": options, "seed": seed, "profile": profile}
+            if made not in found:
+                found.append(made)
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Make the runs of a sweep file that are not recorded yet, one after another."""
+    """Make the runs of a sweep that are not recorded yet. Stop it whenever you like: it goes on where it was."""
     parser = argparse.ArgumentParser(prog="python -m helpers.runs", description=main.__doc__)
     parser.add_argument("sweep", type=Path, help="a YAML file; the records go beside it, as .jsonl")
-    sweep = parser.parse_args(arguments).sweep
-    records = sweep.with_suffix(".jsonl")
+    parser.add_argument("--out", type=Path, help="the records' file, if it is another one")
+    parser.add_argument("--list", action="store_true", help="only say what is recorded and what is not")
+    given = parser.parse_args(arguments)
+    path = given.out or given.sweep.with_suffix(".jsonl")
     try:
-        wanted = keys(yaml.safe_load(sweep.read_text(encoding="utf-8")))
-        done = [record["key"] for record in read(records)]
-        for key in tqdm([key for key in wanted if key not in done]):
-            run(records, key)
+        wanted = keys(_load(given.sweep))
+        records = [record for record in read(path) if record["key"] in wanted]
+        missing = [key for key in wanted if key not in [record["key"] for record in records]]
+        print(f"{path}: {len(records)} of {len(wanted)} runs are recorded", *other_versions(records), sep="\n")
+        if given.list:
+            print(*(f"not yet run: {_title(key)}" for key in missing), sep="\n")
+            return
+        failed = []
+        bar = tqdm(missing, unit="run")
+        for key in bar:
+            bar.set_postfix_str(_title(key))
+            if key in [record["key"] for record in read(path)]:
+                continue  # another process made it
+            try:
+                append(path, run(key))
+            except Exception as error:
+                failed.append(f"{_title(key)}: {type(error).__name__}: {error}")
+                tqdm.write(failed[-1], file=sys.stderr)
     except BookError as error:
         sys.exit(str(error))
-    print(f"{records}: all {len(wanted)} runs are recorded")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(missing)} runs failed; the others are recorded.")
+    print(f"{path}: all {len(wanted)} runs are recorded")
+
+
+def _load(sweep: Path) -> dict:
+    try:
+        found = yaml.safe_load(sweep.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BookError(f"{sweep} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise BookError(f"{sweep} is no sweep: it needs the entries {', '.join(_SWEEP[:3])}.")
+    return found
+
+
+def _checked(given: dict | None, kind: str, known: Iterable[str]) -> dict:
+    """A copy of `given`, whose names are all known."""
+    if not isinstance(given or {}, dict):
+        raise BookError(f"Each {kind} is written as `name: value`, not {given!r}.")
+    for name in given or {}:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    return dict(given or {})
+
+
+def _named(entry: dict | str) -> tuple[str, dict | None]:
+    """`- name: options` or just `- name`."""
+    if isinstance(entry, str):
+        return entry, None
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise BookError(f"A task or an approach is written as `- name: {{option: value}}`, not {entry!r}.")
+    return next(iter(entry.items()))
+
+
+def _title(key: dict) -> str:
+    """A run in a few words: what differs from the defaults."""
+    defaults = {each.name: each.default for each in fields(APPROACHES[key["approach"]])} | {"seed": key["seed"]}
+    changed = [f"{name}={value}" for name, value in key["settings"].items() if defaults[name] != value]
+    options = [f"{name}={value}" for name, value in key["options"].items()]
+    return f"{key['task']}({', '.join(options)}) {key['approach']}({', '.join(changed)}) seed {key['seed']}"
+
+
+def _adapter_bytes(approach) -> int | None:
+    """What a trained adapter and its head take on disk; None where there is no adapter."""
+    if not hasattr(getattr(approach, "model", None), "peft_config"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        approach.model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 def _processor() -> str:
