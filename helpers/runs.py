@@ -43,7 +43,6 @@ APPROACHES = {
 }
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "scikit-learn")
 SHORTEN = {  # what a sweep may say of a task, and how its texts are then shortened
-    "headline": lambda wanted: tasks.first_line if wanted else None,
     "words": tasks.first_words,
     "tokens": lambda n: tasks.first_tokens(base_models.load_tokenizer(), n),
 }
@@ -148,10 +147,10 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
     for record in records:
         key = record["key"]
         options = key["options"]
-        kept = "headline" if options.get("headline") else next((f"{options[o]} {o}" for o in SHORTEN if o in options), "whole")
+        kept = "".join(f", {options[name]} {name}" for name in SHORTEN if name in options)
         rows.append(
             {
-                "task": f"{key['task']}, {kept}",
+                "task": key["task"] + kept,
                 "approach": record["name"],
                 "seed": key["seed"],
                 "rank": key["settings"].get("rank"),

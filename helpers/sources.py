@@ -133,8 +133,8 @@ IPC = Package(
 )
 
 
-def bbc() -> list[Document]:
-    """2,225 articles of 2004-05 in five sections; the first line of each is its headline.
+def bbc(headlines: bool = False) -> list[Document]:
+    """2,225 articles of 2004-05 in five sections; the first line of each is its headline, with `headlines` all that is kept.
 
     Read from the archive in sorted order with the folder as label: the package's own loader numbers the classes in
     directory order, which differs between machines.
@@ -148,7 +148,8 @@ def bbc() -> list[Document]:
                     text = raw.decode("utf-8")
                 except UnicodeDecodeError:  # one file, with a pound sign in Latin-1
                     text = raw.decode("latin-1")
-                documents.append(Document(_spaced(text), member.split("/")[-2]))
+                kept = text.strip().partition("\n")[0] if headlines else text
+                documents.append(Document(_spaced(kept), member.split("/")[-2]))
     return documents
 
 
@@ -456,6 +457,7 @@ def _spaced(text: str) -> str:
 
 TASKS = {
     "bbc": Source(bbc),
+    "bbc-headlines": Source(lambda: bbc(headlines=True), conflicting="drop"),
     "attack-tactics": Source(attack_tactics, conflicting="unite"),
     "attack-paragraphs": Source(attack_paragraphs, conflicting="unite"),
     "attack-techniques": Source(attack_techniques),

@@ -199,11 +199,6 @@ def split(
     return Task(name, labels, **splits, multi_label=multi_label)
 
 
-def first_line(text: str) -> str:
-    """A `shorten` that keeps the first line that is not empty: the headline of a BBC article."""
-    return text.strip().partition("\n")[0].strip()
-
-
 def first_words(n: int) -> Callable[[str], str]:
     """A `shorten` that keeps the first `n` words."""
     return lambda text: " ".join(text.split()[:n])
