@@ -213,7 +213,7 @@ def run(key: dict) -> dict:
 
 
 def keys(sweep: dict) -> list[dict]:
-    """Every run of a sweep, each once: all tasks with all approaches in all their settings, seed by seed.
+    """Every run of a sweep, each once: task by task and seed by seed, all approaches in all their settings.
 
     Args:
         sweep: `tasks` and `approaches`, lists of `name: options`, where an approach's option may be a list, which is tried
@@ -231,7 +231,7 @@ def keys(sweep: dict) -> list[dict]:
         if not isinstance(sweep.get(entry), list) or not sweep[entry]:
             raise BookError(f"A sweep needs {entry!r}, a list with one entry or more. It has {sweep.get(entry)!r}.")
     found = []
-    for seed, task, approach in itertools.product(sweep["seeds"], sweep["tasks"], sweep["approaches"]):
+    for task, seed, approach in itertools.product(sweep["tasks"], sweep["seeds"], sweep["approaches"]):
         (task, options), (name, settings) = _named(task), _named(approach)
         if task not in sources.TASKS:
             raise unknown_name("task", task, sources.TASKS)
