@@ -254,6 +254,16 @@ def keys(sweep: dict) -> list[dict]:
     return found
 
 
+def missing(sweep: str | Path, path: str | Path | None = None) -> list[dict]:
+    """The runs of a sweep file that `path` (or the file beside it) does not hold yet.
+
+    Raises:
+        BookError: the file is no sweep, or what `keys` and `read` refuse.
+    """
+    done = [record["key"] for record in read(path or Path(sweep).with_suffix(".jsonl"))]
+    return [key for key in keys(_load(Path(sweep))) if key not in done]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Make the runs of a sweep that are not recorded yet. Stop it whenever you like: it goes on where it was."""
     parser = argparse.ArgumentParser(prog="python -m helpers.runs", description=main.__doc__)
@@ -263,15 +273,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     path = given.out or given.sweep.with_suffix(".jsonl")
     try:
-        wanted = keys(_load(given.sweep))
-        records = [record for record in read(path) if record["key"] in wanted]
-        missing = [key for key in wanted if key not in [record["key"] for record in records]]
-        print(f"{path}: {len(records)} of {len(wanted)} runs are recorded", *other_versions(records), sep="\n")
+        wanted, to_do = keys(_load(given.sweep)), missing(given.sweep, path)
+        made = [record for record in read(path) if record["key"] in wanted]
+        print(f"{path}: {len(made)} of {len(wanted)} runs are recorded", *other_versions(made), sep="\n")
         if given.list:
-            print(*(f"not yet run: {_title(key)}" for key in missing), sep="\n")
+            print(*(f"not yet run: {_title(key)}" for key in to_do), sep="\n")
             return
         failed = []
-        bar = tqdm(missing, unit="run")
+        bar = tqdm(to_do, unit="run")
         for key in bar:
             bar.set_postfix_str(_title(key))
             if key in [record["key"] for record in read(path)]:
@@ -284,7 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BookError as error:
         sys.exit(str(error))
     if failed:
-        sys.exit(f"{len(failed)} of {len(missing)} runs failed; the others are recorded.")
+        sys.exit(f"{len(failed)} of {len(to_do)} runs failed; the others are recorded.")
     print(f"{path}: all {len(wanted)} runs are recorded")
 
 
