@@ -25,6 +25,19 @@ class Adapted:
     tokenizer: PreTrainedTokenizerBase
     training_seconds: float
 
+    def __post_init__(self) -> None:
+        """Refuse settings that no training can have.
+
+        Raises:
+            BookError: rank, batch size, learning rate or epochs too small.
+        """
+        for name, least in {"rank": 1, "batch_size": 1, "epochs": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise BookError(f"{name} is {value!r}, but it has to be a whole number, {least} or more.")
+        if not self.learning_rate > 0:
+            raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be more than 0, such as 5e-4.")
+
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model that the adapter is put on, and its tokenizer."""
         raise NotImplementedError
@@ -112,7 +125,15 @@ def checkpoint_options(checkpoints: str | None) -> Iterator[dict]:
 
 def train(trainer: Trainer) -> None:
     """Run `trainer` without printing, from the last complete checkpoint in its folder if there is one."""
-    complete = [state.parent for state in Path(trainer.args.output_dir).glob(f"checkpoint-*/{_COMPLETE}")]
+    complete = [state.parent for state in Path(trainer.args.output_dir).glob(f"checkpoint-*/{_COMPLETE}") if _whole(state)]
     last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+
+
+def _whole(state: Path) -> bool:
+    """Whether the Trainer was alive until the end of this file."""
+    try:
+        return bool(json.loads(state.read_text(encoding="utf-8")))
+    except json.JSONDecodeError:
+        return False

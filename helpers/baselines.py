@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 from helpers import base_models, profiles
 from helpers.embedding_head import SUFFIX, embed, fit_probe, train_classifier
 from helpers.evaluation import Predictions, measure
-from helpers.tasks import Task, texts_of
+from helpers.tasks import Task, gold_of, texts_of
 
 
 @dataclass
@@ -162,7 +162,7 @@ def _predictions(approach, probabilities, documents, cost, trainable_parameters=
         approach.name,
         approach.labels,
         probabilities,
-        documents["label"],
+        gold_of(documents),
         seconds=cost.seconds,
         training_seconds=approach._cost.seconds,
         trainable_parameters=trainable_parameters,

@@ -24,7 +24,7 @@ from helpers import adapters, base_models, profiles
 from helpers.errors import unknown_name
 from helpers.evaluation import Predictions, measure
 from helpers.frozen_layers import computed_once
-from helpers.tasks import Task, texts_of
+from helpers.tasks import Task, gold_of, texts_of
 
 SUFFIX = "\n\nThe topic of this article is"
 
@@ -216,9 +216,9 @@ class EmbeddingHead(adapters.Adapted):
         """Probabilities of every label for `documents`, which has the columns `text` and `label`.
 
         Raises:
-            BookError: a text is empty or longer than the model takes.
+            BookError: a column is missing, or a text is empty or longer than the model takes.
         """
-        texts = texts_of(documents, self.suffix)
+        gold, texts = gold_of(documents), texts_of(documents, self.suffix)
         logits, tokens = torch.empty(len(texts), len(self.labels)), 0
         with measure() as cost:
             for rows, batch in base_models.batches(texts, self.tokenizer, batch_size):
@@ -228,7 +228,7 @@ class EmbeddingHead(adapters.Adapted):
             self.name,
             self.labels,
             (logits.sigmoid() if self.multi_label else logits.softmax(-1)).numpy(),
-            documents["label"],
+            gold,
             seconds=cost.seconds,
             training_seconds=self.training_seconds,
             trainable_parameters=self.model.num_parameters(only_trainable=True),

@@ -16,7 +16,7 @@ from helpers.errors import BookError
 from helpers.evaluation import Predictions, measure
 from helpers.frozen_layers import computed_once
 from helpers.label_scoring import label_tokens, score_labels
-from helpers.tasks import Task, texts_of
+from helpers.tasks import Task, gold_of, texts_of
 
 
 class LabelTokensTrainer(SFTTrainer):
@@ -139,16 +139,16 @@ class InstructionTuned(adapters.Adapted):
         """Probabilities of every label for `documents`, which has the columns `text` and `label`.
 
         Raises:
-            BookError: a text is empty or longer than the model takes.
+            BookError: a column is missing, or a text is empty or longer than the model takes.
         """
-        prompts = texts_of(documents, self.suffix)
+        gold, prompts = gold_of(documents), texts_of(documents, self.suffix)
         with measure() as cost:
             scores = score_labels(prompts, self.labels, self.model, self.tokenizer, batch_size)
         return Predictions(
             self.name,
             self.labels,
             scores.softmax(-1).numpy(),
-            documents["label"],
+            gold,
             seconds=cost.seconds,
             training_seconds=self.training_seconds,
             trainable_parameters=self.model.num_parameters(only_trainable=True) if self.epochs else 0,

@@ -240,6 +240,20 @@ def texts_of(documents: Dataset, suffix: str = "") -> list[str]:
     return [text + suffix for text in documents["text"]]
 
 
+def gold_of(documents: Dataset) -> list:
+    """The column `label` of a split or of any other data set.
+
+    Raises:
+        BookError: there is no such column.
+    """
+    if "label" not in documents.column_names:
+        raise BookError(
+            f"There is no column 'label', only {', '.join(documents.column_names) or 'none'}. Rename yours, or add one of zeros "
+            "if you only want the probabilities of unlabelled texts."
+        )
+    return documents["label"]
+
+
 def _choose(rest: np.ndarray, gold: np.ndarray, per_class: int, labels: tuple[str, ...], name: str, seed: int) -> np.ndarray:
     generator = np.random.default_rng(seed)
     chosen = []

@@ -203,3 +203,37 @@ def test_a_damaged_note_is_named(tiny_model, tiny_task, tmp_path):
     with pytest.raises(BookError, match="training.json is damaged") as caught:
         EmbeddingHead(tiny_model, checkpoints=str(tmp_path), **SETTINGS).fit(tiny_task)
     assert "\n" not in str(caught.value)
+
+
+@both
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"rank": 0}, "rank is 0"),
+        ({"rank": 2.5}, "rank is 2.5"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"epochs": -1}, "epochs is -1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+    ],
+)
+def test_settings_without_a_training_are_refused(kind, settings, words):
+    with pytest.raises(BookError, match=words) as caught:
+        kind(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@both
+def test_documents_without_labels_are_refused_before_anything_is_computed(kind, trained, tiny_task, monkeypatch):
+    monkeypatch.setattr(trained[kind], "model", None)
+    with pytest.raises(BookError, match="no column 'label', only text"):
+        trained[kind].predict(tiny_task.test.remove_columns("label"))
+
+
+def test_a_checkpoint_cut_short_is_not_used(tiny_model, tiny_task, tmp_path):
+    settings = dict(epochs=2, checkpoints=str(tmp_path), **SETTINGS)
+    expected = EmbeddingHead(tiny_model, **settings).fit(tiny_task).predict(tiny_task.test).probabilities
+    last = max(tmp_path.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    (last / "trainer_state.json").write_text((last / "trainer_state.json").read_text()[:40])
+    again = EmbeddingHead(tiny_model, **settings).fit(tiny_task).predict(tiny_task.test).probabilities
+    assert np.allclose(again, expected, atol=1e-6)
