@@ -35,8 +35,8 @@ class Adapted:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise BookError(f"{name} is {value!r}, but it has to be a whole number, {least} or more.")
-        if not self.learning_rate > 0:
-            raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be more than 0, such as 5e-4.")
+        if not self.learning_rate >= 0:
+            raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.")
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model that the adapter is put on, and its tokenizer."""

@@ -213,7 +213,7 @@ def test_a_damaged_note_is_named(tiny_model, tiny_task, tmp_path):
         ({"rank": 2.5}, "rank is 2.5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"epochs": -1}, "epochs is -1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
     ],
 )
