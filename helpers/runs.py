@@ -4,6 +4,8 @@ python -m helpers.runs book/results/side_by_side.yaml
 """
 
 import argparse
+import ctypes
+import gc
 import hashlib
 import inspect
 import itertools
@@ -184,6 +186,7 @@ def run(key: dict) -> dict:
     Args:
         key: what is run: `approach` and its `settings`, `task` and its `options`, `seed`, `profile`.
     """
+    _give_back_memory()  # so that the peak is that of this run
     task = load_task(key)
     with measure() as training:
         approach = APPROACHES[key["approach"]](**key["settings"]).fit(task)
@@ -332,6 +335,15 @@ def _title(key: dict) -> str:
     changed = [f"{name}={value}" for name, value in key["settings"].items() if defaults[name] != value]
     options = [f"{name}={value}" for name, value in key["options"].items()]
     return f"{key['task']}({', '.join(options)}) {key['approach']}({', '.join(changed)}) seed {key['seed']}"
+
+
+def _give_back_memory() -> None:
+    """Return what earlier runs in this process held to the system, as far as it lets us."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # in glibc only
 
 
 def _adapter_bytes(approach) -> int | None:
