@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from scipy.optimize import brentq
 from scipy.stats import binom, bootstrap
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, precision_recall_curve
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
@@ -40,6 +40,7 @@ class Predictions:
         trainable_parameters: numbers that training changed.
         tokens: the model read while predicting, padding left out; 0 for approaches without a tokenizer.
         peak_memory: while predicting, in bytes, as `measure` has it.
+        thresholds: multi-label, from which probability on a label is said: one for all labels, or one each.
         test_set: a fingerprint of the test documents, "" if unknown; `compare` refuses two that differ.
 
     Raises:
@@ -56,6 +57,7 @@ class Predictions:
     tokens: int = 0
     peak_memory: int | None = None
     test_set: str = ""
+    thresholds: float | np.ndarray = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "probabilities", np.asarray(self.probabilities, dtype=float))
@@ -90,8 +92,8 @@ class Predictions:
 
     @property
     def predicted(self) -> np.ndarray:
-        """The most probable label of each document, shape (n_documents,); multi-label, every label of probability 0.5 or more."""
-        return (self.probabilities >= 0.5).astype(int) if self.multi_label else self.probabilities.argmax(axis=1)
+        """The most probable label of each document, shape (n_documents,); multi-label, every label from its threshold on."""
+        return (self.probabilities >= self.thresholds).astype(int) if self.multi_label else self.probabilities.argmax(axis=1)
 
     @property
     def correct(self) -> np.ndarray:
@@ -208,6 +210,36 @@ def _bootstrap(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def best_thresholds(validation: Predictions, per_label: bool = False) -> float | np.ndarray:
+    """From which probability on a multi-label classifier should say a label: where F1 on validation documents is highest.
+
+    Args:
+        per_label: one threshold for each label, from its own F1, instead of one for all from micro-F1. A label without a
+            positive document in validation gets the common one.
+
+    Returns:
+        A threshold in 0..1 or, per label, shape (n_labels,). Use it with `dataclasses.replace(test, thresholds=…)`.
+
+    Raises:
+        BookError: a single-label task, which has no thresholds.
+    """
+    if not validation.multi_label:
+        raise BookError(f"{validation.approach}: a single-label task has no thresholds; the most probable label is said.")
+
+    def best(gold: np.ndarray, probabilities: np.ndarray) -> float:
+        precision, recall, cuts = precision_recall_curve(gold, probabilities)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        chosen = int(f1[:-1].argmax())
+        below = cuts[chosen - 1] if chosen else 0.0
+        return float((cuts[chosen] + below) / 2)  # halfway to the next lower probability, which was not to be said
+
+    common = best(validation.gold.ravel(), validation.probabilities.ravel())
+    if not per_label:
+        return common
+    columns = zip(validation.gold.T, validation.probabilities.T, strict=True)
+    return np.array([best(*column) if column[0].any() else common for column in columns])
 
 
 def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resamples: int = 9999, seed: int = 0) -> dict[str, float]:

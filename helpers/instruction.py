@@ -15,7 +15,7 @@ from helpers.embedding_head import SUFFIX
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, measure
 from helpers.frozen_layers import computed_once
-from helpers.label_scoring import label_tokens, score_labels
+from helpers.label_scoring import NO_LABEL, label_tokens, list_items, score_label_lists, score_labels
 from helpers.tasks import Task, gold_of, texts_of
 
 
@@ -43,6 +43,8 @@ class LabelTokensTrainer(SFTTrainer):
 @dataclass
 class InstructionTuned(adapters.Adapted):
     """Text + suffix → label as text, trained with SFTTrainer on the label's tokens alone, read by scoring labels.
+
+    In a multi-label task the text is the list of the document's labels, in the order of the task's labels (chapter 07).
 
     Attributes:
         base_model: see `base_models.fetch`.
@@ -80,17 +82,16 @@ class InstructionTuned(adapters.Adapted):
         """Train on `task.train`; nothing of validation or test is looked at.
 
         Raises:
-            BookError: a multi-label task, labels that the tokenizer cannot tell apart, a document that is longer than the model
-                takes, documents that TRL dropped, or `checkpoints` holds those of another training.
+            BookError: labels that the tokenizer cannot tell apart or that cannot stand in a list, a document that is longer
+                than the model takes, documents that TRL dropped, or `checkpoints` holds those of another training.
         """
-        if task.multi_label:
-            raise BookError(f"{task.name} is multi-label, and this approach says one label. Use EmbeddingHead.")
-        self.labels, self.multi_label = task.labels, False
+        self.labels, self.multi_label = task.labels, task.multi_label
         self._claim_checkpoints(task)
         with measure() as cost:
             set_seed(self.seed)
             self.model, self.tokenizer = self._load_base()
-            label_tokens(self.labels, self.tokenizer)  # refuse labels before the training, not after it
+            # refuse labels before the training, not after it
+            label_tokens(list_items(self.labels, self.tokenizer) if self.multi_label else self.labels, self.tokenizer)
             if self.epochs:
                 with computed_once(self.model, self.n_layers), adapters.checkpoint_options(self.checkpoints) as options:
                     self._train(task, options)
@@ -102,7 +103,7 @@ class InstructionTuned(adapters.Adapted):
         profile = profiles.current()
         examples = {
             "prompt": texts_of(task.train, self.suffix),
-            "completion": [" " + task.labels[label] for label in task.train["label"]],
+            "completion": [" " + self._said(label) for label in task.train["label"]],
         }
         whole = [prompt + completion for prompt, completion in zip(*examples.values(), strict=True)]
         longest = max(map(len, base_models.encode(whole, self.tokenizer)))
@@ -135,6 +136,12 @@ class InstructionTuned(adapters.Adapted):
         adapters.train(trainer)
         self.model = trainer.model
 
+    def _said(self, label: int | list[int]) -> str:
+        """The label, or the labels, as the model writes them."""
+        if not self.multi_label:
+            return self.labels[label]
+        return ", ".join(name for name, there in zip(self.labels, label, strict=True) if there) or NO_LABEL
+
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
         """Probabilities of every label for `documents`, which has the columns `text` and `label`.
 
@@ -143,11 +150,14 @@ class InstructionTuned(adapters.Adapted):
         """
         gold, prompts = gold_of(documents), texts_of(documents, self.suffix)
         with measure() as cost:
-            scores = score_labels(prompts, self.labels, self.model, self.tokenizer, batch_size)
+            if self.multi_label:
+                probabilities = score_label_lists(prompts, self.labels, self.model, self.tokenizer, batch_size)
+            else:
+                probabilities = score_labels(prompts, self.labels, self.model, self.tokenizer, batch_size).softmax(-1)
         return Predictions(
             self.name,
             self.labels,
-            scores.softmax(-1).numpy(),
+            probabilities.numpy(),
             gold,
             seconds=cost.seconds,
             training_seconds=self.training_seconds,

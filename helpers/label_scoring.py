@@ -17,6 +17,7 @@ from helpers import base_models
 from helpers.errors import BookError
 
 _ROWS = 128  # (prompt, branch) pairs in one forward pass
+NO_LABEL = "none"  # what a list says of a document without labels
 _SHORTEST_PREFIX = 8  # tokens; less is not worth a cache
 
 
@@ -132,6 +133,64 @@ def score_labels(
         start = logits.float().log_softmax(-1)[:, first_tokens].cpu().numpy()
         scores[rows] = torch.from_numpy(_walk(branches, roots, start, len(labels), model, cache, mask, tolerance)).float()
     return scores
+
+
+def list_items(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Labels as a list has them: each with a comma behind it, then each with the end of sequence, then `NO_LABEL` with it.
+
+    Raises:
+        BookError: a label with a comma in it, or one that is called like `NO_LABEL`.
+    """
+    for label in labels:
+        if "," in label or label.strip() == NO_LABEL:
+            raise BookError(f"The label {label!r} cannot stand in a list of labels (no commas, not {NO_LABEL!r}). Rename it.")
+    return (*(f"{label}," for label in labels), *(label + tokenizer.eos_token for label in (*labels, NO_LABEL)))
+
+
+def score_label_lists(
+    prompts: list[str],
+    labels: tuple[str, ...],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+    tolerance: float = 1e-4,
+    most: int = 4,
+) -> torch.Tensor:
+    """Probability that each label stands in the list of labels that continues the prompt. Nothing is sampled.
+
+    A model that writes a list puts nearly all of its probability on one label a step, whatever it thinks of the others. So the
+    labels are scored at every step of the likeliest list, and a label's probabilities are added up: first in the list, second
+    behind the likeliest first, and so on. Lists that begin otherwise are left out, so it is a lower bound.
+
+    Args:
+        prompts, batch_size, tolerance: as for `score_labels`.
+        most: steps; a prompt takes another one only if its list goes on with a probability of more than 1 %.
+
+    Returns:
+        float32 tensor of shape (n_prompts, n_labels), each in 0..1.
+
+    Raises:
+        BookError: what `list_items` and `score_labels` refuse.
+    """
+    items, n = list_items(labels, tokenizer), len(labels)
+    found = torch.zeros(len(prompts), n)
+    reached = torch.ones(len(prompts))  # probability of the list written so far
+    texts, rows = list(prompts), list(range(len(prompts)))
+    written = torch.zeros(len(prompts), n, dtype=torch.bool)
+    for _ in range(min(most, n)):
+        scores = score_labels([texts[row] for row in rows], items, model, tokenizer, batch_size, tolerance)
+        repeated = torch.cat([written[rows], written[rows], torch.zeros(len(rows), 1, dtype=torch.bool)], dim=1)
+        scores = scores.masked_fill(repeated, -torch.inf).softmax(-1) * reached[rows, None]
+        goes_on, ends = scores[:, :n], scores[:, n : 2 * n]
+        found[rows] += goes_on + ends
+        best = goes_on.argmax(1)
+        for row, label, probability in zip(rows, best.tolist(), goes_on.amax(1), strict=True):
+            texts[row] += f" {labels[label]},"
+            written[row, label], reached[row] = True, probability
+        rows = [row for row in rows if reached[row] > 0.01]
+        if not rows:
+            break
+    return found.clamp(max=1)
 
 
 def _walk(branches, roots, start, n_labels, model, cache, mask, tolerance) -> np.ndarray:

@@ -1,14 +1,20 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from conftest import WORDS
 from datasets import Dataset
 from sklearn.metrics import f1_score
+from transformers import AutoModelForCausalLM
 
+from helpers.base_models import load_tokenizer
 from helpers.baselines import FrozenProbe
 from helpers.embedding_head import EmbeddingHead, fit_probe
 from helpers.errors import BookError
-from helpers.evaluation import Predictions, compare, evaluate
+from helpers.evaluation import Predictions, best_thresholds, compare, evaluate
 from helpers.instruction import InstructionTuned
+from helpers.label_scoring import list_items, score_label_lists
 from helpers.tasks import Task
 
 SETS = ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1])
@@ -61,10 +67,81 @@ def test_a_label_of_every_document_starts_at_zero():
     assert np.allclose(embeddings @ probe.coef_[0], embeddings @ (one.coef_[1] - one.coef_[0]))
 
 
-def test_instruction_tuning_refuses_in_one_line(tiny_model, task):
-    with pytest.raises(BookError, match="multi-label, and this approach says one label") as caught:
-        InstructionTuned(tiny_model).fit(task)
+def test_instruction_learns_the_lists_of_the_training_documents(tiny_model, task):
+    tuned = InstructionTuned(tiny_model, n_layers=None, epochs=25, learning_rate=1e-2).fit(task)
+    said = tuned.predict(task.train)
+    assert said.correct.mean() > 0.9
+    assert said.probabilities.shape == (28, 3) and ((said.probabilities >= 0) & (said.probabilities <= 1)).all()
+    backwards = Dataset.from_list(task.train.to_list()[::-1])
+    assert np.allclose(tuned.predict(backwards, batch_size=3).probabilities[::-1], said.probabilities, atol=1e-4)
+
+
+def test_instruction_says_none_of_documents_without_a_label(tiny_model):
+    rows = documents(range(4)).to_list() + [{"text": f"{n} nothing at all", "label": [0, 0, 0]} for n in range(8)]
+    task = Task("tiny", tuple(WORDS), Dataset.from_list(rows), documents([4]), documents([5]), multi_label=True)
+    tuned = InstructionTuned(tiny_model, n_layers=None, epochs=25, learning_rate=1e-2).fit(task)
+    assert tuned.predict(task.train).predicted[-8:].sum() == 0
+
+
+@pytest.mark.parametrize("label", ["sun, moon", "none"])
+def test_labels_that_cannot_stand_in_a_list_are_refused(tiny_model, label):
+    task = Task("tiny", (*tuple(WORDS)[:2], label), *[documents([row]) for row in range(3)], multi_label=True)
+    with pytest.raises(BookError, match=f"{label}' cannot stand in a list") as caught:
+        InstructionTuned(tiny_model, epochs=1).fit(task)
     assert "\n" not in str(caught.value)
+
+
+LABELS = ("sports", "tech", "OS Credential Dumping")
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval(), load_tokenizer(tiny_model)
+
+
+def of_items(text, scorer):
+    """Probability of each item behind `text` among all items, by one forward pass each."""
+    model, tokenizer = scorer
+    prompt, scores = tokenizer(text).input_ids, []
+    for item in list_items(LABELS, tokenizer):
+        ids = tokenizer(" " + item).input_ids
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        scores.append(sum(float(logits[len(prompt) - 1 + n, token]) for n, token in enumerate(ids)))
+    return np.array(scores)
+
+
+def every_list(text, scorer, said=()):
+    """All lists with their probabilities, each label once."""
+    scores = np.exp(of_items(text + "".join(f" {LABELS[n]}," for n in said), scorer))
+    for n in said:
+        scores[[n, n + 3]] = 0
+    scores /= scores.sum()
+    yield said, scores[6]  # and none
+    for n in range(3):
+        if n not in said:
+            yield (*said, n), scores[n + 3]
+            for longer, probability in every_list(text, scorer, (*said, n)) if len(said) < 2 else [((*said, n), 1.0)]:
+                yield longer, scores[n] * probability
+
+
+def test_the_first_step_of_a_list_is_exact(scorer):
+    text = "the goal and the laptop. Topics:"
+    found = score_label_lists([text, "another"], LABELS, *scorer, tolerance=0, most=1)
+    scores = np.exp(of_items(text, scorer))
+    scores /= scores.sum()
+    assert np.allclose(found[0].numpy(), scores[:3] + scores[3:6], atol=1e-5)
+
+
+def test_a_list_never_gives_a_label_more_than_all_lists_do(scorer):
+    for text in ("the goal and the laptop. Topics:", "one server"):
+        found = score_label_lists([text], LABELS, *scorer, tolerance=0)[0].numpy()
+        exact = np.zeros(3)
+        for said, probability in every_list(text, scorer):
+            exact[list(said)] += probability
+        one_step = score_label_lists([text], LABELS, *scorer, tolerance=0, most=1)[0].numpy()
+        assert (found <= exact + 1e-5).all() and (found >= one_step - 1e-5).all()
+        assert found.sum() > one_step.sum() + 1e-3
 
 
 GOLD = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 1, 1]])
@@ -83,6 +160,32 @@ def test_metrics_are_those_of_scikit_learn():
     for average in ("micro", "macro"):
         assert scores[f"{average}_f1"] == pytest.approx(f1_score(GOLD, SAID.predicted, average=average))
     assert scores["macro_f1_low"] <= scores["macro_f1"] <= scores["macro_f1_high"]
+
+
+def test_thresholds_are_where_f1_is_highest():
+    generator = np.random.default_rng(0)
+    gold = (generator.random((300, 3)) < (0.5, 0.2, 0.05)).astype(int)
+    noisy = np.clip(0.25 * gold + generator.normal(0.2, 0.1, gold.shape), 0, 1)
+    said = Predictions("x", ("a", "b", "c"), noisy, gold)
+    cuts = np.linspace(0, 1, 501)
+    common, each = best_thresholds(said), best_thresholds(said, per_label=True)
+    micro = [f1_score(gold, noisy >= cut, average="micro", zero_division=0) for cut in cuts]
+    assert evaluate(replace(said, thresholds=common), n_resamples=9)["micro_f1"] >= max(micro)
+    per_label = [max(f1_score(gold[:, n], noisy[:, n] >= cut, zero_division=0) for cut in cuts) for n in range(3)]
+    assert evaluate(replace(said, thresholds=each), n_resamples=9)["macro_f1"] >= np.mean(per_label)
+    assert replace(said, thresholds=each).predicted[:, 2].tolist() == (noisy[:, 2] >= each[2]).astype(int).tolist()
+
+
+def test_a_label_without_a_positive_gets_the_common_threshold():
+    gold = GOLD.copy()
+    gold[:, 1] = 0
+    said = Predictions("x", ("a", "b", "c"), SAID.probabilities, gold)
+    assert best_thresholds(said, per_label=True)[1] == best_thresholds(said)
+
+
+def test_a_single_label_task_has_no_thresholds():
+    with pytest.raises(BookError, match="x: a single-label task has no thresholds"):
+        best_thresholds(Predictions("x", ("a", "b"), [[0.5, 0.5]], [0]))
 
 
 def test_comparison_is_about_whole_label_sets():
