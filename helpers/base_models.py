@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -122,7 +123,19 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
     return tokenizer
 
 
-def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int | None) -> LoraConfig:
+def read_both_ways(model: PreTrainedModel) -> None:
+    """Take the causal mask away, in place: every token attends to the whole text, as in an encoder.
+
+    Both switches are needed: the configuration's builds the mask, the attention layers' is asked where a batch has no padding
+    and so no mask.
+    """
+    model.config.get_text_config().is_causal = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+
+
+def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int | None, **options) -> LoraConfig:
     """LoRA with alpha = 2 · rank on every linear layer of the upper `n_layers` blocks (all blocks if None).
 
     The linear layers are named one by one, because PEFT does not take `layers_to_transform` with `target_modules="all-linear"`.
@@ -131,22 +144,27 @@ def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int 
     Args:
         model: not yet wrapped by PEFT.
         task_type: `SEQ_CLS` or `CAUSAL_LM`.
+        options: of `LoraConfig`, such as `use_dora=True` or `target_modules=["q_proj", "v_proj"]`, instead of these.
 
     Raises:
-        BookError: the model has fewer than `n_layers` blocks.
+        BookError: the model has fewer than `n_layers` blocks, or an option that `LoraConfig` does not have.
     """
+    known = [each.name for each in fields(LoraConfig)]
+    for name in options:
+        if name not in known:
+            raise unknown_name("option of LoRA", name, known)
     total = model.config.get_text_config().num_hidden_layers
     check_n_layers(n_layers, total)
     linear = (torch.nn.Linear, Conv1D)  # bitsandbytes' 4- and 8-bit layers derive from the first
     blocks = model.base_model.named_modules()
     names = {name.split(".")[-1] for name, module in blocks if isinstance(module, linear) and "." in name}
-    return LoraConfig(
-        task_type=task_type,
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules=sorted(names),
-        layers_to_transform=None if n_layers is None else list(range(total - n_layers, total)),
-    )
+    chosen = {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": sorted(names),
+        "layers_to_transform": None if n_layers is None else list(range(total - n_layers, total)),
+    }
+    return LoraConfig(task_type=task_type, **(chosen | options))
 
 
 def check_n_layers(n_layers: int | None, total: int) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy.special import expit, softmax
-from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
@@ -31,13 +31,14 @@ class Majority:
         """Count the labels of `task.train`."""
         self.labels = task.labels
         with measure() as self._cost:
-            self._model = DummyClassifier(strategy="prior").fit(task.train["text"], task.train["label"])
+            gold = np.array(task.train["label"])
+            self._frequencies = (gold if task.multi_label else gold[:, None] == np.arange(len(self.labels))).mean(axis=0)
         return self
 
     def predict(self, documents: Dataset) -> Predictions:
         """The same answer for every document."""
         with measure() as cost:
-            probabilities = self._model.predict_proba(documents["text"])
+            probabilities = np.tile(self._frequencies, (len(documents), 1))
         return _predictions(self, probabilities, documents, cost)
 
 
@@ -45,8 +46,8 @@ class Majority:
 class TfidfSvm:
     """TF-IDF of words and word pairs, then a linear support vector machine: seconds to train, hard to beat.
 
-    An SVM has no probabilities; its margins go through a softmax here, so their order means something and their size
-    does not.
+    An SVM has no probabilities; its margins go through a softmax here (a sigmoid in a multi-label task, which has one SVM a
+    label), so their order means something and their size does not.
     """
 
     C: float = 1.0
@@ -54,21 +55,24 @@ class TfidfSvm:
 
     def fit(self, task: Task) -> "TfidfSvm":
         """Vocabulary, weights and separating planes from `task.train`."""
-        self.labels = task.labels
+        self.labels, self._multi_label = task.labels, task.multi_label
         with measure() as self._cost:
-            self._model = make_pipeline(
-                TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LinearSVC(C=self.C, random_state=0)
-            )
-            self._model.fit(task.train["text"], task.train["label"])
+            svm = LinearSVC(C=self.C, random_state=0)
+            features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+            self._model = make_pipeline(features, OneVsRestClassifier(svm) if task.multi_label else svm)
+            self._model.fit(list(task.train["text"]), np.array(task.train["label"]))
         return self
 
     def predict(self, documents: Dataset) -> Predictions:
-        """Softmax of the margins."""
+        """Softmax of the margins; multi-label, their sigmoid."""
         with measure() as cost:
-            margins = self._model.decision_function(documents["text"])
+            margins = self._model.decision_function(list(documents["text"]))
             if margins.ndim == 1:  # two labels: one margin
                 margins = np.stack([-margins, margins], axis=1) / 2
-        return _predictions(self, softmax(margins, axis=1), documents, cost, self._model[-1].coef_.size)
+            probabilities = expit(margins) if self._multi_label else softmax(margins, axis=1)
+        features, classifier = self._model[0], self._model[-1]
+        planes = len(self.labels) if self._multi_label else len(classifier.coef_)
+        return _predictions(self, probabilities, documents, cost, planes * len(features.vocabulary_))
 
 
 @dataclass
@@ -77,13 +81,17 @@ class FrozenProbe:
 
     Attributes:
         base_model, suffix: as for `EmbeddingHead`; an empty suffix reads the bare last token.
-        pooling: `last` or `mean`, see `embed`.
+        pooling: `last`, `mean` or `max`, see `embed`.
+        layer: read the hidden states above so many blocks (and the final norm); None for all of them.
+        causal: False takes the causal mask away (`base_models.read_both_ways`).
         quantized: as the profile says; False for a small encoder, which needs no quantization anywhere.
     """
 
     base_model: str = base_models.DEFAULT
     suffix: str = SUFFIX
     pooling: str = "last"
+    layer: int | None = None
+    causal: bool = True
     quantized: bool = True
     name: str = "frozen embedding + probe"
 
@@ -99,6 +107,11 @@ class FrozenProbe:
                 quantization_config=profile.quantization if self.quantized else None,
                 device_map=profile.device,
             ).eval()
+            if self.layer is not None:
+                base_models.check_n_layers(self.layer, len(self._model.layers))
+                self._model.layers = self._model.layers[: self.layer]
+            if not self.causal:
+                base_models.read_both_ways(self._model)
             self._probe = fit_probe(self._embed(task.train), np.array(task.train["label"]))
         return self
 
@@ -132,29 +145,31 @@ class FineTunedEncoder:
 
     def fit(self, task: Task) -> "FineTunedEncoder":
         """Train on `task.train`; nothing of validation or test is looked at."""
-        self.labels = task.labels
+        self.labels, self._multi_label = task.labels, task.multi_label
         with measure() as self._cost:
             set_seed(self.seed)
             self._tokenizer = base_models.load_tokenizer(self.base_model)
             self._model = AutoModelForSequenceClassification.from_pretrained(
                 base_models.fetch(self.base_model),
                 num_labels=len(task.labels),
+                problem_type="multi_label_classification" if task.multi_label else "single_label_classification",
                 dtype="float32",
                 device_map=profiles.current().device,
             )
             options = dict(learning_rate=self.learning_rate, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
-            train_classifier(self._model, self._tokenizer, list(task.train["text"]), task.train["label"], **options)
+            train_classifier(self._model, self._tokenizer, list(task.train["text"]), list(task.train["label"]), **options)
         self._model.eval()
         return self
 
     @torch.inference_mode()
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
-        """Softmax of the logits."""
+        """Softmax of the logits; multi-label, their sigmoid."""
         logits = np.empty((len(documents), len(self.labels)))
         with measure() as cost:
             for rows, batch in base_models.batches(list(documents["text"]), self._tokenizer, batch_size):
                 logits[rows] = self._model(**batch.to(self._model.device)).logits.float().cpu()
-        return _predictions(self, softmax(logits, axis=1), documents, cost, self._model.num_parameters(only_trainable=True))
+        probabilities = expit(logits) if self._multi_label else softmax(logits, axis=1)
+        return _predictions(self, probabilities, documents, cost, self._model.num_parameters(only_trainable=True))
 
 
 def _predictions(approach, probabilities, documents, cost, trainable_parameters=0) -> Predictions:

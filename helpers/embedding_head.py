@@ -3,7 +3,7 @@
 Chapters 00 and 04 build it in plain cells; this is the same in one call.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,12 +29,14 @@ from helpers.tasks import Task, gold_of, texts_of
 SUFFIX = "\n\nThe topic of this article is"
 
 
-def load_classifier(base_model: str, n_labels: int, multi_label: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The stock `AutoModelForSequenceClassification`, quantized as the profile says, its head in float32.
+def load_classifier(
+    base_model: str, n_labels: int, multi_label: bool = False, precision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The stock `AutoModelForSequenceClassification`, quantized as the profile or `precision` says, its head in float32.
 
     With `multi_label` its loss is binary cross-entropy, label by label.
     """
-    profile = profiles.current()
+    profile = profiles.current(precision)
     tokenizer = base_models.load_tokenizer(base_model)
     model = AutoModelForSequenceClassification.from_pretrained(
         base_models.fetch(base_model),
@@ -66,18 +68,20 @@ def embed(
 
     Args:
         model: any model with a `base_model`; nothing in it is changed.
-        pooling: `last`, the last token that is not padding, or `mean`, over all tokens that are not padding.
+        pooling: `last`, the last token that is not padding; `mean` or `max`, over all tokens that are not padding.
     """
-    if pooling not in ("last", "mean"):
-        raise unknown_name("pooling", pooling, ("last", "mean"))
+    if pooling not in ("last", "mean", "max"):
+        raise unknown_name("pooling", pooling, ("last", "mean", "max"))
     vectors = np.empty((len(texts), model.config.get_text_config().hidden_size), dtype=np.float32)
     for rows, batch in base_models.batches(texts, tokenizer, batch_size):
         mask = batch.attention_mask.to(model.device)
         hidden = model.base_model(batch.input_ids.to(model.device), attention_mask=mask, use_cache=False).last_hidden_state
         if pooling == "last":
             pooled = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
-        else:
+        elif pooling == "mean":
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            pooled = hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
         vectors[rows] = pooled.float().cpu().numpy()
     return vectors
 
@@ -156,7 +160,10 @@ class EmbeddingHead(adapters.Adapted):
         base_model: see `base_models.fetch`.
         suffix: appended to every document, so that the last token is one that asks for the topic.
         probe_init: start the head from the frozen probe and not from random numbers.
+        causal: False takes the causal mask away (`base_models.read_both_ways`).
+        precision: of the base model's weights, see `profiles.current`.
         n_layers: LoRA on the linear layers of the upper `n_layers` blocks; None for all.
+        lora: more options of `LoraConfig`.
         rank, learning_rate, epochs, batch_size, seed: of the training. The defaults were chosen on validation documents of
             BBC News, 32 a class.
         checkpoints: a folder that gets one after every epoch; a training that was stopped goes on from there.
@@ -165,7 +172,10 @@ class EmbeddingHead(adapters.Adapted):
     base_model: str = base_models.DEFAULT
     suffix: str = SUFFIX
     probe_init: bool = True
+    causal: bool = True
+    precision: str | None = None
     n_layers: int | None = 10
+    lora: dict = field(default_factory=dict)
     rank: int = 16
     learning_rate: float = 5e-4
     epochs: int = 2
@@ -175,7 +185,10 @@ class EmbeddingHead(adapters.Adapted):
     name: str = "embedding head + LoRA"
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_classifier(self.base_model, len(self.labels), self.multi_label)
+        model, tokenizer = load_classifier(self.base_model, len(self.labels), self.multi_label, self.precision)
+        if not self.causal:
+            base_models.read_both_ways(model)
+        return model, tokenizer
 
     def fit(self, task: Task) -> "EmbeddingHead":
         """Train on `task.train`; nothing of validation or test is looked at.
@@ -190,7 +203,7 @@ class EmbeddingHead(adapters.Adapted):
             model, self.tokenizer = self._load_base()
             texts = texts_of(task.train, self.suffix)
             base_models.encode(texts, self.tokenizer)  # refuse what is too long before the training
-            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers)
+            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
             with computed_once(model, self.n_layers):
                 if self.probe_init:
                     probe = fit_probe(embed(texts, model, self.tokenizer), np.array(task.train["label"]))

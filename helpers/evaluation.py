@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import brentq
-from scipy.stats import binom, bootstrap
+from scipy.stats import binom, bootstrap, permutation_test
 from sklearn.metrics import f1_score, precision_recall_curve
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -42,6 +42,8 @@ class Predictions:
         peak_memory: while predicting, in bytes, as `measure` has it.
         thresholds: multi-label, from which probability on a label is said: one for all labels, or one each.
         test_set: a fingerprint of the test documents, "" if unknown; `compare` refuses two that differ.
+        groups: shape (n_documents,), which documents come from one source (an attacker, a patent subclass) and so are right or
+            wrong together; None if each stands for itself. Intervals and tests then draw whole groups.
 
     Raises:
         BookError: shapes that do not match, rows that are no probabilities, gold labels outside `labels`.
@@ -57,6 +59,7 @@ class Predictions:
     tokens: int = 0
     peak_memory: int | None = None
     test_set: str = ""
+    groups: np.ndarray | None = None
     thresholds: float | np.ndarray = 0.5
 
     def __post_init__(self) -> None:
@@ -70,6 +73,10 @@ class Predictions:
             )
         if len(self.gold) == 0:
             raise BookError(f"{self.approach}: there is no document to evaluate. Give it a test set.")
+        if self.groups is not None and len(self.groups) != len(self.gold):
+            raise BookError(
+                f"{self.approach}: there are {len(self.groups)} groups for {len(self.gold)} documents. Give one each."
+            )
         if self.multi_label:
             wrong = ~((self.probabilities >= 0) & (self.probabilities <= 1)).all(axis=1)
             if wrong.any():
@@ -148,7 +155,8 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
     """Accuracy with its Wilson interval and macro-F1 with its bootstrap interval (percentile, over documents).
 
     Both intervals say how much the score would move on another test set of the same size, for this one trained model.
-    They say nothing about another training set or seed.
+    They say nothing about another training set or seed. The Wilson interval takes documents one by one; the other one draws
+    whole `groups`, if there are any.
 
     Returns:
         `accuracy`, `accuracy_low`, `accuracy_high`, `macro_f1`, `macro_f1_low`, `macro_f1_high`, `micro_f1`, all in 0..1. In a
@@ -163,7 +171,8 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
         raise BookError(f"{predictions.approach}: one document gives no interval. Evaluate on more.")
     low, high = proportion_confint(int(predictions.correct.sum()), n_documents, alpha=1 - confidence, method="wilson")
 
-    interval = _bootstrap(lambda weights: _macro_f1(weights, gold, predicted), n_documents, confidence, n_resamples, seed)
+    options = (_units(predictions), confidence, n_resamples, seed)
+    interval = _bootstrap(lambda weights: _macro_f1(weights, gold, predicted), *options)
     return {
         "accuracy": predictions.correct.mean(),
         "accuracy_low": low,
@@ -189,18 +198,31 @@ def _macro_f1(weights: np.ndarray, gold: np.ndarray, predicted: np.ndarray) -> n
     return np.mean(2 * (weights @ (gold * predicted)) / np.maximum(total, 1), axis=-1)
 
 
+def _micro_f1(weights: np.ndarray, gold: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """scikit-learn's micro-F1, weighted like `_macro_f1`."""
+    total = weights @ (gold + predicted).sum(axis=1)
+    return 2 * (weights @ (gold * predicted).sum(axis=1)) / np.maximum(total, 1)
+
+
+def _units(predictions: Predictions) -> np.ndarray:
+    """What a bootstrap draws: the number of each document's group, or of the document itself, shape (n_documents,)."""
+    groups = np.arange(len(predictions.gold)) if predictions.groups is None else predictions.groups
+    return np.unique(groups, return_inverse=True)[1]
+
+
 def _bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], n_documents: int, confidence: float, n_resamples: int, seed: int
+    statistic: Callable[[np.ndarray], np.ndarray], units: np.ndarray, confidence: float, n_resamples: int, seed: int
 ) -> tuple[float, float]:
     """Percentile interval of `statistic`, a function of how often each document was drawn, shape (n_resamples, n_documents)."""
+    n_units = units.max() + 1
 
     def of_rows(rows: np.ndarray, axis: int = -1) -> np.ndarray:
         rows = np.atleast_2d(rows)
-        shifted = rows + n_documents * np.arange(len(rows))[:, None]
-        return statistic(np.bincount(shifted.ravel(), minlength=rows.size).reshape(rows.shape).astype(float))
+        shifted = rows + n_units * np.arange(len(rows))[:, None]
+        return statistic(np.bincount(shifted.ravel(), minlength=rows.size).reshape(rows.shape)[:, units].astype(float))
 
     interval = bootstrap(
-        (np.arange(n_documents),),
+        (np.arange(n_units),),
         of_rows,
         vectorized=True,
         method="percentile",
@@ -247,8 +269,9 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
 
     Returns:
         `difference` in accuracy (a - b, in -1..1) with its paired bootstrap interval `low`, `high`; the same for macro-F1 as
-        `macro_f1_difference`, `macro_f1_low`, `macro_f1_high`; `only_a` and `only_b`, the documents that just one of them
-        gets right; `p_value` of the exact McNemar test on these two counts.
+        `macro_f1_difference`, `macro_f1_low`, `macro_f1_high`, and for micro-F1; `only_a` and `only_b`, the documents that
+        just one of them gets right; `p_value` of the exact McNemar test on these two counts. Where documents share a group,
+        it is that of a permutation test which swaps a and b in whole groups: McNemar's test with groups of one document.
 
     Raises:
         BookError: the two were not asked about the same documents, or there is only one document.
@@ -266,9 +289,20 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
     def macro_f1(weights: np.ndarray) -> np.ndarray:
         return _macro_f1(weights, gold, said_a) - _macro_f1(weights, gold, said_b)
 
-    options = (len(a.gold), confidence, n_resamples, seed)
-    low, high = _bootstrap(lambda weights: weights @ right / len(right), *options)
+    def micro_f1(weights: np.ndarray) -> np.ndarray:
+        return _micro_f1(weights, gold, said_a) - _micro_f1(weights, gold, said_b)
+
+    units = _units(a)
+    options = (units, confidence, n_resamples, seed)
+    low, high = _bootstrap(lambda weights: weights @ right / weights.sum(-1), *options)
     macro_low, macro_high = _bootstrap(macro_f1, *options)
+    micro_low, micro_high = _bootstrap(micro_f1, *options)
+    if len(units) == units.max() + 1:
+        p_value = mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue
+    else:
+        sides = [np.bincount(units, weights=each.correct) for each in (a, b)]
+        swapped = dict(permutation_type="samples", vectorized=True, batch=1000, rng=np.random.default_rng(seed))
+        p_value = permutation_test(sides, lambda x, y, axis: (x - y).sum(axis=axis), n_resamples=n_resamples, **swapped).pvalue
     return {
         "difference": right.mean(),
         "low": low,
@@ -276,9 +310,12 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
         "macro_f1_difference": float(macro_f1(np.ones(len(right)))),
         "macro_f1_low": macro_low,
         "macro_f1_high": macro_high,
+        "micro_f1_difference": float(micro_f1(np.ones(len(right)))),
+        "micro_f1_low": micro_low,
+        "micro_f1_high": micro_high,
         "only_a": only_a,
         "only_b": only_b,
-        "p_value": mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue,
+        "p_value": float(p_value),
     }
 
 
@@ -299,10 +336,11 @@ def comparisons(pairs: dict[str, tuple[Predictions, Predictions]], **options) ->
 def pool(results: Sequence[Predictions]) -> Predictions:
     """One approach's predictions on several test sets (seeds) as if they were one: for `compare` and calibration.
 
-    Its intervals and tests are over documents. A document that several test sets drew counts several times, and what
-    training sets and seeds add shows in `spread` only.
+    Its intervals and tests are over documents, or groups of them: give a document that several test sets drew the same group
+    in all of them. What training sets and seeds add shows in `spread` only.
     """
     first = results[0]
+    grouped = all(each.groups is not None for each in results)
     return replace(
         first,
         probabilities=np.concatenate([each.probabilities for each in results]),
@@ -310,6 +348,7 @@ def pool(results: Sequence[Predictions]) -> Predictions:
         seconds=sum(each.seconds for each in results),
         tokens=sum(each.tokens for each in results),
         test_set=" ".join(each.test_set for each in results).strip(),
+        groups=np.concatenate([each.groups for each in results]) if grouped else None,
     )
 
 

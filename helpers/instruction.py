@@ -3,8 +3,9 @@
 Chapters 00 and 05 build it in plain cells; this is the same in one call.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -12,10 +13,10 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import adapters, base_models, profiles
 from helpers.embedding_head import SUFFIX
-from helpers.errors import BookError
+from helpers.errors import BookError, unknown_name
 from helpers.evaluation import Predictions, measure
 from helpers.frozen_layers import computed_once
-from helpers.label_scoring import NO_LABEL, label_tokens, list_items, score_label_lists, score_labels
+from helpers.label_scoring import NO_LABEL, label_tokens, list_items, score_label_lists, score_labels, score_questions
 from helpers.tasks import Task, gold_of, texts_of
 
 
@@ -24,10 +25,18 @@ class LabelTokensTrainer(SFTTrainer):
 
     On a GPU, TRL 1.16 projects just the positions that have a label onto the vocabulary. On a CPU it projects every
     position, and for SmolLM2 that costs as much as all the rest of a training step.
+
+    Attributes:
+        prompt_loss_weight: what a token of the prompt counts in the loss, against 1 for one of the label. More than 0 needs
+            the logits of all positions (Huerta-Enochian and Ko 2024, arXiv 2401.13586).
     """
+
+    prompt_loss_weight = 0.0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy, summed over the label tokens and divided by their number in the whole (accumulated) batch."""
+        if self.prompt_loss_weight:
+            return self._over_the_prompt_too(model, inputs, return_outputs)
         kept = inputs["labels"][:, 1:] != -100
         columns = kept.any(0).nonzero().squeeze(1)  # positions at which some row has a label to predict
         kept = kept[:, columns]
@@ -39,25 +48,53 @@ class LabelTokensTrainer(SFTTrainer):
         loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def _over_the_prompt_too(self, model, inputs, return_outputs):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        said = inputs["labels"][:, 1:] != -100
+        weights = torch.where(said, 1.0, self.prompt_loss_weight) * mask[:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = (losses * weights).sum() / weights.sum()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
 
 @dataclass
 class InstructionTuned(adapters.Adapted):
     """Text + suffix → label as text, trained with SFTTrainer on the label's tokens alone, read by scoring labels.
 
-    In a multi-label task the text is the list of the document's labels, in the order of the task's labels (chapter 07).
+    In a multi-label task the text is the list of the document's labels, or an answer to a question about each (chapter 07).
 
     Attributes:
         base_model: see `base_models.fetch`.
-        suffix: what stands between the document and its label.
+        prefix, suffix: what stands before the document, and between the document and its label; `{labels}` in them is
+            replaced by the list of all labels.
+        chat: put all of it into the tokenizer's chat template, as the user's words.
+        shots: so many training documents of each label, with their labels, stand before the prefix; for `epochs=0` only.
+        verbalizer: what is written for each label instead of its name.
+        ask: multi-label, for the `list` of labels or with a yes/no question (`questions`) about each. In training there are
+            questions about a document's own labels and about two others, drawn at random.
+        order: of the labels in a list: as in the `task`, `frequent` ones first, `rare` ones first, or `random`.
+        prompt_loss_weight: see `LabelTokensTrainer`.
+        precision: of the base model's weights, see `profiles.current`.
         n_layers: LoRA on the linear layers of the upper `n_layers` blocks; None for all.
+        lora: more options of `LoraConfig`.
         rank, learning_rate, epochs, batch_size, seed: of the training; `epochs=0` scores the model as it comes. The defaults
             were chosen on validation documents of BBC News, 32 a class.
         checkpoints: a folder that gets one after every epoch; a training that was stopped goes on from there.
     """
 
     base_model: str = base_models.DEFAULT
+    prefix: str = ""
     suffix: str = SUFFIX
+    chat: bool = False
+    shots: int = 0
+    verbalizer: dict[str, str] | None = None
+    ask: str = "list"
+    order: str = "task"
+    prompt_loss_weight: float = 0.0
+    precision: str | None = None
     n_layers: int | None = 10
+    lora: dict = field(default_factory=dict)
     rank: int = 16
     learning_rate: float = 5e-4
     epochs: int = 4
@@ -66,8 +103,16 @@ class InstructionTuned(adapters.Adapted):
     checkpoints: str | None = None
     name: str = "instruction tuning + LoRA"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in {"ask": ("list", "questions"), "order": ("task", "frequent", "rare", "random")}.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(f"value of `{name}`", getattr(self, name), known)
+        if self.shots and self.epochs:
+            raise BookError("shots are for a model that is not trained: use epochs=0 with them, or shots=0.")
+
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        profile = profiles.current()
+        profile = profiles.current(self.precision)
         model = AutoModelForCausalLM.from_pretrained(
             base_models.fetch(self.base_model),
             dtype=profile.dtype,
@@ -86,12 +131,15 @@ class InstructionTuned(adapters.Adapted):
                 than the model takes, documents that TRL dropped, or `checkpoints` holds those of another training.
         """
         self.labels, self.multi_label = task.labels, task.multi_label
+        words = self._words()
         self._claim_checkpoints(task)
         with measure() as cost:
             set_seed(self.seed)
             self.model, self.tokenizer = self._load_base()
             # refuse labels before the training, not after it
-            label_tokens(list_items(self.labels, self.tokenizer) if self.multi_label else self.labels, self.tokenizer)
+            listed = self.multi_label and self.ask == "list"
+            label_tokens(list_items(words, self.tokenizer) if listed else words, self.tokenizer, self._space)
+            self._examples = self._shots(task)
             if self.epochs:
                 with computed_once(self.model, self.n_layers), adapters.checkpoint_options(self.checkpoints) as options:
                     self._train(task, options)
@@ -99,16 +147,51 @@ class InstructionTuned(adapters.Adapted):
         self.model.eval()
         return self
 
+    def _words(self) -> tuple[str, ...]:
+        """What is written for each label."""
+        if self.verbalizer is None:
+            return self.labels
+        if set(self.verbalizer) != set(self.labels):
+            wrong = sorted(set(self.verbalizer) ^ set(self.labels))[0]
+            raise BookError(f"The verbalizer needs one entry for each label and no other: {wrong!r} is too many or missing.")
+        return tuple(self.verbalizer[label] for label in self.labels)
+
+    @property
+    def _space(self) -> str:
+        return "" if self.chat else " "  # a chat template ends with a line break
+
+    def _prompts(self, texts: list[str]) -> list[str]:
+        """The documents as the model reads them, up to their labels."""
+        listed = ", ".join(self._words())
+        prefix, suffix = (each.replace("{labels}", listed) for each in (self.prefix, self.suffix))
+        prompts = [getattr(self, "_examples", "") + prefix + text + suffix for text in texts]
+        if not self.chat:
+            return prompts
+        if not self.tokenizer.chat_template:
+            raise BookError(f"The tokenizer of {self.base_model} has no chat template. Use chat=False, or another base model.")
+        said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        begins = self.tokenizer.bos_token if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
+        return [prompt.removeprefix(begins) for prompt in prompts]  # else it would begin twice
+
+    def _shots(self, task: Task) -> str:
+        """Training documents with their labels, as the model reads them before the document."""
+        if not self.shots:
+            return ""
+        gold = np.array(task.train["label"])
+        rows = [row for label in range(len(self.labels)) for row in np.flatnonzero(gold == label)[: self.shots]]
+        rows = np.random.default_rng(self.seed).permutation(rows)
+        documents = task.train.select(rows)
+        pairs = zip(texts_of(documents, self.suffix), documents["label"], strict=True)
+        return "".join(f"{self.prefix}{text} {self._words()[label]}\n\n" for text, label in pairs)
+
     def _train(self, task: Task, options: dict) -> None:
-        profile = profiles.current()
-        examples = {
-            "prompt": texts_of(task.train, self.suffix),
-            "completion": [" " + self._said(label) for label in task.train["label"]],
-        }
+        profile = profiles.current(self.precision)
+        examples = self._training_examples(task)
         whole = [prompt + completion for prompt, completion in zip(*examples.values(), strict=True)]
         longest = max(map(len, base_models.encode(whole, self.tokenizer)))
-        trainer_class = SFTTrainer if profile.device == "cuda" else LabelTokensTrainer
-        trainer = trainer_class(
+        ours = profile.device == "cpu" or self.prompt_loss_weight
+        trainer = (LabelTokensTrainer if ours else SFTTrainer)(
             model=self.model,
             args=SFTConfig(
                 **options,
@@ -126,21 +209,41 @@ class InstructionTuned(adapters.Adapted):
             ),
             train_dataset=Dataset.from_dict(examples),
             processing_class=self.tokenizer,
-            peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers),
+            peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers, **self.lora),
         )
-        if len(trainer.train_dataset) != len(task.train):
+        trainer.prompt_loss_weight = self.prompt_loss_weight
+        if len(trainer.train_dataset) != len(whole):
             raise BookError(
-                f"TRL kept {len(trainer.train_dataset)} of {len(task.train)} training documents: the others have no "
+                f"TRL kept {len(trainer.train_dataset)} of {len(whole)} training examples: the others have no "
                 "room for their label. Shorten the documents (`tasks.load(…, shorten=…)`)."
             )
         adapters.train(trainer)
         self.model = trainer.model
 
-    def _said(self, label: int | list[int]) -> str:
-        """The label, or the labels, as the model writes them."""
+    def _training_examples(self, task: Task) -> dict[str, list[str]]:
+        """Columns `prompt` and `completion`, for SFTTrainer."""
+        prompts, words = self._prompts(texts_of(task.train)), self._words()
+        gold = task.train["label"]
         if not self.multi_label:
-            return self.labels[label]
-        return ", ".join(name for name, there in zip(self.labels, label, strict=True) if there) or NO_LABEL
+            return {"prompt": prompts, "completion": [self._space + words[label] for label in gold]}
+        generator = np.random.default_rng(self.seed)
+        if self.ask == "list":
+            counts = np.sum(gold, axis=0)
+            ranks = {"task": np.arange(len(words)), "frequent": -counts, "rare": counts}.get(self.order)
+            said = []
+            for row in np.array(gold):
+                own = np.flatnonzero(row)
+                own = generator.permutation(own) if ranks is None else own[ranks[own].argsort(kind="stable")]
+                said.append(self._space + (", ".join(words[label] for label in own) or NO_LABEL))
+            return {"prompt": prompts, "completion": said}
+        asked, answers = [], []
+        for prompt, row in zip(prompts, np.array(gold), strict=True):
+            others = np.flatnonzero(row == 0)
+            others = generator.choice(others, min(2, len(others)), replace=False)
+            for label in [*np.flatnonzero(row), *others]:
+                asked.append(f"{prompt}{self._space}{words[label]}?")
+                answers.append(" yes" if row[label] else " no")
+        return {"prompt": asked, "completion": answers}
 
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
         """Probabilities of every label for `documents`, which has the columns `text` and `label`.
@@ -148,12 +251,13 @@ class InstructionTuned(adapters.Adapted):
         Raises:
             BookError: a column is missing, or a text is empty or longer than the model takes.
         """
-        gold, prompts = gold_of(documents), texts_of(documents, self.suffix)
+        gold, prompts = gold_of(documents), self._prompts(texts_of(documents))
+        scorer = score_labels
+        if self.multi_label:
+            scorer = score_label_lists if self.ask == "list" else score_questions
         with measure() as cost:
-            if self.multi_label:
-                probabilities = score_label_lists(prompts, self.labels, self.model, self.tokenizer, batch_size)
-            else:
-                probabilities = score_labels(prompts, self.labels, self.model, self.tokenizer, batch_size).softmax(-1)
+            scores = scorer(prompts, self._words(), self.model, self.tokenizer, batch_size, space=self._space)
+            probabilities = scores if self.multi_label else scores.softmax(-1)
         return Predictions(
             self.name,
             self.labels,

@@ -21,8 +21,8 @@ NO_LABEL = "none"  # what a list says of a document without labels
 _SHORTEST_PREFIX = 8  # tokens; less is not worth a cache
 
 
-def label_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each label as it stands after the prompt: with a leading space, and ended where that is needed.
+def label_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, space: str = " ") -> list[list[int]]:
+    """Token ids of each label as it stands after the prompt: with `space` before it, and ended where that is needed.
 
     When one label's tokens begin another's (`tech`, `tech support`), the shorter would win whatever the model thinks of
     its end, so the end-of-sequence token is appended to every label.
@@ -33,7 +33,7 @@ def label_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) ->
     for number, label in enumerate(labels):
         if not label.strip():
             raise BookError(f"Label number {number} is empty ({label!r}), so there is nothing to score. Give it a name.")
-    ids = [tokenizer(" " + label, add_special_tokens=False).input_ids for label in labels]
+    ids = [tokenizer(space + label, add_special_tokens=False).input_ids for label in labels]
     first_with: dict[tuple[int, ...], int] = {}
     for number, label in enumerate(ids):
         other = first_with.setdefault(tuple(label), number)
@@ -85,6 +85,7 @@ def score_labels(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 32,
     tolerance: float = 1e-4,
+    space: str = " ",
 ) -> torch.Tensor:
     """Log-probability of every label as the continuation of every prompt. Every answer is a label, none has to be parsed.
 
@@ -96,6 +97,7 @@ def score_labels(
         prompts: without the label and without the space before it.
         labels: of any number of tokens; see `label_tokens`.
         tolerance: 0 walks everything.
+        space: between prompt and label; "" behind a chat template, which ends with a line break.
 
     Returns:
         float32 tensor of shape (n_prompts, n_labels). Its softmax differs nowhere by more than `tolerance` from that of one
@@ -109,7 +111,7 @@ def score_labels(
         raise BookError("There are no labels to score. Give at least one.")
     if not prompts:
         return torch.empty(0, len(labels))
-    branches, roots = _trie(label_tokens(labels, tokenizer))
+    branches, roots = _trie(label_tokens(labels, tokenizer, space))
     first_tokens = [branches[root].tokens[0] for root in roots]
     read_on = any(len(branch.tokens) > 1 for branch in branches)
     encoded = tokenizer(prompts).input_ids
@@ -154,6 +156,7 @@ def score_label_lists(
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 32,
     tolerance: float = 1e-4,
+    space: str = " ",
     most: int = 4,
 ) -> torch.Tensor:
     """Probability that each label stands in the list of labels that continues the prompt. Nothing is sampled.
@@ -163,7 +166,7 @@ def score_label_lists(
     behind the likeliest first, and so on. Lists that begin otherwise are left out, so it is a lower bound.
 
     Args:
-        prompts, batch_size, tolerance: as for `score_labels`.
+        prompts, batch_size, tolerance, space: as for `score_labels`.
         most: steps; a prompt takes another one only if its list goes on with a probability of more than 1 %.
 
     Returns:
@@ -178,19 +181,44 @@ def score_label_lists(
     texts, rows = list(prompts), list(range(len(prompts)))
     written = torch.zeros(len(prompts), n, dtype=torch.bool)
     for _ in range(min(most, n)):
-        scores = score_labels([texts[row] for row in rows], items, model, tokenizer, batch_size, tolerance)
+        scores = score_labels([texts[row] for row in rows], items, model, tokenizer, batch_size, tolerance, space)
         repeated = torch.cat([written[rows], written[rows], torch.zeros(len(rows), 1, dtype=torch.bool)], dim=1)
         scores = scores.masked_fill(repeated, -torch.inf).softmax(-1) * reached[rows, None]
         goes_on, ends = scores[:, :n], scores[:, n : 2 * n]
         found[rows] += goes_on + ends
         best = goes_on.argmax(1)
         for row, label, probability in zip(rows, best.tolist(), goes_on.amax(1), strict=True):
-            texts[row] += f" {labels[label]},"
+            texts[row] += f"{space}{labels[label]},"
             written[row, label], reached[row] = True, probability
+        space = " "  # behind the comma
         rows = [row for row in rows if reached[row] > 0.01]
         if not rows:
             break
     return found.clamp(max=1)
+
+
+def score_questions(
+    prompts: list[str],
+    labels: tuple[str, ...],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 32,
+    space: str = " ",
+) -> torch.Tensor:
+    """Probability of "yes" against "no" behind every prompt and every label: one question a label, the prompt read once.
+
+    The questions are the branches of the trie of `score_labels`, so it is its cache that they all stand on.
+
+    Args:
+        prompts, batch_size, space: as for `score_labels`.
+        labels: asked about as `label? yes` and `label? no`.
+
+    Returns:
+        float32 tensor of shape (n_prompts, n_labels), each in 0..1.
+    """
+    answers = tuple(f"{label}? {answer}" for label in labels for answer in ("yes", "no"))
+    scores = score_labels(prompts, answers, model, tokenizer, batch_size, tolerance=0, space=space)
+    return scores.view(len(prompts), len(labels), 2).softmax(-1)[..., 0]
 
 
 def _walk(branches, roots, start, n_labels, model, cache, mask, tolerance) -> np.ndarray:

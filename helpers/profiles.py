@@ -5,7 +5,7 @@ The switch is the hardware; the environment variable BOOK_PROFILE overrides it.
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import torch
@@ -40,12 +40,26 @@ class Profile:
         return f"profile {self.name}: {where}, {str(self.dtype).removeprefix('torch.')}, {how}"
 
 
-def current() -> Profile:
+def current(precision: str | None = None) -> Profile:
     """The profile for this machine, or the one BOOK_PROFILE names.
 
+    Args:
+        precision: `nf4`, `bfloat16` or `float32` for the base model's weights, instead of what the profile says.
+
     Raises:
-        BookError: BOOK_PROFILE is neither quick nor full, or asks for full where there is no GPU.
+        BookError: BOOK_PROFILE is neither quick nor full, or asks for full where there is no GPU; an unknown precision.
     """
+    profile = _of_machine()
+    if precision is None:
+        return profile
+    if precision not in ("nf4", "bfloat16", "float32"):
+        raise unknown_name("precision", precision, ("nf4", "bfloat16", "float32"))
+    if precision == "nf4":
+        return replace(profile, quantization=_nf4(profile.dtype))
+    return replace(profile, dtype=getattr(torch, precision), quantization=None)
+
+
+def _of_machine() -> Profile:
     gpu = torch.cuda.is_available()
     name = os.environ.get(PROFILE_VARIABLE) or ("full" if gpu else "quick")
     if name not in ("quick", "full"):
@@ -56,16 +70,15 @@ def current() -> Profile:
         raise BookError(f"{PROFILE_VARIABLE}=full needs a CUDA GPU and none is visible. Unset it to run the quick profile.")
     # Without native bfloat16 (a T4, say) float32 is the safe choice: float16 overflows in some models and needs loss scaling.
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return Profile(
-        "full",
-        "cuda",
-        dtype,
-        BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
+    return Profile("full", "cuda", dtype, _nf4(dtype))
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

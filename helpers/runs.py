@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from datasets import Dataset
 from filelock import FileLock
 from tqdm.auto import tqdm
 
@@ -48,7 +49,8 @@ SHORTEN = {  # what a sweep may say of a task, and how its texts are then shorte
     "words": tasks.first_words,
     "tokens": lambda n: tasks.first_tokens(base_models.load_tokenizer(), n),
 }
-_SWEEP = ("tasks", "seeds", "approaches", "base_model", "full")
+_SWEEP = ("tasks", "seeds", "approaches", "validation", "base_model", "full")
+CONTENT_FREE = ("N/A", "[MASK]", "...")  # what contextual calibration asks about
 _SPLIT = tuple(name for name, each in inspect.signature(tasks.split).parameters.items() if each.kind is each.KEYWORD_ONLY)
 
 
@@ -82,7 +84,7 @@ def read(path: str | Path) -> list[dict]:
     """The records of a file, oldest first; none if there is no such file.
 
     A last line without an end was torn by a crash or a cut copy: it is left out, with a word on stderr, and `append` takes
-    it away.
+    it away. A record from before an approach had some setting gets that setting's default.
 
     Raises:
         BookError: another line that is no record, or two records of the same run.
@@ -95,6 +97,8 @@ def read(path: str | Path) -> list[dict]:
             break
         try:
             record = json.loads(line)
+            if approach := APPROACHES.get(record["key"].get("approach")):
+                record["key"]["settings"] = asdict(approach()) | record["key"]["settings"]
             run = json.dumps(record["key"], sort_keys=True)
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             if last:
@@ -135,7 +139,9 @@ def predictions_of(record: dict) -> Predictions:
     probabilities, gold = np.array(record["probabilities"]), np.array(record["gold"])
     if gold.ndim == 1:
         probabilities /= probabilities.sum(axis=1, keepdims=True)  # undo what rounding did to many labels
-    return Predictions(record["name"], tuple(record["labels"]), probabilities, gold, **cost, test_set=record["test_set"])
+    groups = None if record["groups"] is None else np.array(record["groups"])
+    known = {"test_set": record["test_set"], "groups": groups}
+    return Predictions(record["name"], tuple(record["labels"]), probabilities, gold, **cost, **known)
 
 
 def frame(records: Iterable[dict]) -> pd.DataFrame:
@@ -165,6 +171,17 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def validation_of(record: dict) -> Predictions:
+    """A record's predictions for the validation documents, to choose thresholds and temperatures on.
+
+    Raises:
+        BookError: the sweep did not ask for them.
+    """
+    if "validation" not in record:
+        raise BookError(f"{_title(record['key'])}: nothing was recorded on validation. Put `validation: true` into its sweep.")
+    return predictions_of({**record, **record["validation"], "test_set": "", "groups": None})
+
+
 def load_task(key: dict) -> tasks.Task:
     """The task of a run, in the splits of its seed."""
     options = dict(key["options"])
@@ -180,24 +197,36 @@ def test_set(task: tasks.Task) -> str:
     return hashlib.sha256(json.dumps([task.labels, rows], ensure_ascii=False).encode()).hexdigest()
 
 
+def groups_of(task: tasks.Task) -> list[str]:
+    """For each test document a short fingerprint of its group, or of its text: equal for the same one in other splits."""
+    column = "group" if "group" in task.test.column_names else "text"
+    return [hashlib.sha256(each.encode()).hexdigest()[:8] for each in task.test[column]]
+
+
 def run(key: dict) -> dict:
     """Make one run and return its record.
 
     Args:
-        key: what is run: `approach` and its `settings`, `task` and its `options`, `seed`, `profile`.
+        key: what is run: `approach` and its `settings`, `task` and its `options`, `seed`, `profile`; with `validation`, what
+            the approach says about the validation documents and about `CONTENT_FREE` texts is recorded too.
     """
     _give_back_memory()  # so that the peak is that of this run
     task = load_task(key)
     with measure() as training:
         approach = APPROACHES[key["approach"]](**key["settings"]).fit(task)
-    said = approach.predict(task.test)
-    return {
+    said = replace(approach.predict(task.test), test_set=test_set(task), groups=np.array(groups_of(task)))
+    more = {}
+    if key.get("validation"):
+        blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][: len(CONTENT_FREE)]})
+        asked = {"validation": task.validation, "content_free": blank}
+        more = {name: _said(approach.predict(documents)) for name, documents in asked.items()}
+    record = {
         "key": key,
         "name": said.approach,
         "content_hash": task.content_hash(),
-        "test_set": test_set(task),
+        "test_set": said.test_set,
         "labels": said.labels,
-        "metrics": evaluate(said),
+        "metrics": None,
         "cost": {
             "training_seconds": said.training_seconds,
             "training_peak_memory": training.peak_memory,
@@ -210,9 +239,15 @@ def run(key: dict) -> dict:
             "adapter_bytes": _adapter_bytes(approach),
         },
         "provenance": provenance(),
-        "gold": said.gold.tolist(),
-        "probabilities": said.probabilities.round(5).tolist(),
+        "groups": said.groups.tolist(),
+        **_said(said),
+        **more,
     }
+    return record | {"metrics": evaluate(predictions_of(record))}  # of what is recorded, rounded as it is
+
+
+def _said(said: Predictions) -> dict:
+    return {"gold": said.gold.tolist(), "probabilities": said.probabilities.round(5).tolist()}
 
 
 def keys(sweep: dict) -> list[dict]:
@@ -220,8 +255,8 @@ def keys(sweep: dict) -> list[dict]:
 
     Args:
         sweep: `tasks` and `approaches`, lists of `name: options`, where an approach's option may be a list, which is tried
-            value by value; `seeds`; optionally `base_model`, for every approach that has the book's base model; and
-            `full`, what is different under the full profile.
+            value by value; `seeds`; optionally `validation: true`, see `run`; `base_model`, for every approach that has the
+            book's base model; and `full`, what is different under the full profile.
 
     Raises:
         BookError: an unknown entry, task, option, approach or setting (the nearest is suggested), or one that is missing.
@@ -252,6 +287,7 @@ def keys(sweep: dict) -> list[dict]:
             # all settings, so that a record does not count any more when a default has changed
             complete = asdict(APPROACHES[name](**dict(zip(settings, values, strict=True))))
             made = {"approach": name, "settings": complete, "task": task, "options": options, "seed": seed, "profile": profile}
+            made |= {"validation": True} if sweep.get("validation") else {}
             if made not in found:
                 found.append(made)
     return found

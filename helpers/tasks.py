@@ -30,7 +30,7 @@ class Task:
         name: of the task, for tables and messages.
         labels: the label names; a document's label is an index into them.
         train, validation, test: `datasets.Dataset` with the columns `text` (str) and `label` (int, 0 ≤ label < n_labels; in
-            a multi-label task a list of n_labels zeros and ones).
+            a multi-label task a list of n_labels zeros and ones); `split` adds the column `group`, if the documents have groups.
         multi_label: whether a document can have several labels.
 
     Raises:
@@ -192,10 +192,12 @@ def split(
             raise BookError(f"{name}: {len(rest)} documents are left for training, fewer than n_train={n_train}. Lower it.")
         rest = np.random.default_rng(seed).choice(rest, n_train, replace=False)
     index["train"] = rest
-    splits = {
-        part: Dataset.from_dict({"text": [documents[row].text for row in index[part]], "label": gold[index[part]].tolist()})
-        for part in SPLITS
-    }
+    splits = {}
+    for part, rows in index.items():
+        columns = {"text": [documents[row].text for row in rows], "label": gold[rows].tolist()}
+        if groups.all():
+            columns["group"] = groups[rows].tolist()
+        splits[part] = Dataset.from_dict(columns)
     return Task(name, labels, **splits, multi_label=multi_label)
 
 

@@ -9,12 +9,12 @@ from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM
 
 from helpers.base_models import load_tokenizer
-from helpers.baselines import FrozenProbe
+from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
 from helpers.embedding_head import EmbeddingHead, fit_probe
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, best_thresholds, compare, evaluate
 from helpers.instruction import InstructionTuned
-from helpers.label_scoring import list_items, score_label_lists
+from helpers.label_scoring import list_items, score_label_lists, score_questions
 from helpers.tasks import Task
 
 SETS = ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1])
@@ -206,4 +206,91 @@ def test_comparison_is_about_whole_label_sets():
 def test_wrong_predictions_are_refused(probabilities, gold, words):
     with pytest.raises(BookError, match=words) as caught:
         Predictions("x", ("a", "b"), probabilities, gold)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_question_about_each_label_learns_the_training_documents(tiny_model, task):
+    tuned = InstructionTuned(tiny_model, n_layers=None, rank=32, epochs=50, learning_rate=3e-3, ask="questions").fit(task)
+    said = tuned.predict(task.train)
+    assert said.correct.mean() > 0.9
+    assert np.allclose(tuned.predict(task.train, batch_size=3).probabilities, said.probabilities, atol=1e-4)
+
+
+def test_a_question_is_answered_as_by_one_pass_for_each_label(scorer):
+    model, tokenizer = scorer
+    prompts = ["the goal and one bank. Is it", "one laptop. Is it"]
+    found = score_questions(prompts, LABELS, model, tokenizer)
+    yes, no = (tokenizer(f" {answer}").input_ids[0] for answer in ("yes", "no"))
+    for prompt, row in zip(prompts, found, strict=True):
+        for label, probability in zip(LABELS, row, strict=True):
+            with torch.inference_mode():
+                logits = model(torch.tensor([tokenizer(f"{prompt} {label}?").input_ids])).logits[0, -1]
+            assert float(probability) == pytest.approx(float(logits[[yes, no]].softmax(-1)[0]), abs=1e-5)
+
+
+def test_questions_are_about_own_labels_and_two_others(tiny_model, task):
+    tuned = InstructionTuned(tiny_model, epochs=0, ask="questions").fit(task)
+    examples = tuned._training_examples(task)
+    first = [
+        (prompt.split()[-1], said) for prompt, said in zip(*examples.values(), strict=True) if prompt.startswith("0 the goal\n")
+    ]
+    assert first[0] == ("sports?", " yes") and sorted(first[1:]) == [("money?", " no"), ("tech?", " no")]
+    all_three = [
+        said for prompt, said in zip(*examples.values(), strict=True) if "0 the goal and the bank and the software" in prompt
+    ]
+    assert all_three == [" yes"] * 3
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [("task", " sports, money, tech"), ("frequent", " tech, sports, money"), ("rare", " money, sports, tech")],
+)
+def test_a_list_is_in_the_order_that_is_asked_for(tiny_model, order, expected):
+    rows = documents(range(4)).to_list() + [{"text": f"{n} server", "label": [n % 2, 0, 1]} for n in range(4)]
+    task = Task("tiny", tuple(WORDS), Dataset.from_list(rows), documents([4]), documents([5]), multi_label=True)
+    tuned = InstructionTuned(tiny_model, epochs=0, order=order).fit(task)
+    assert tuned._training_examples(task)["completion"][6] == expected
+
+
+def test_a_random_order_is_another_one_for_each_document_and_the_same_for_a_seed(tiny_model, task):
+    said = [InstructionTuned(tiny_model, epochs=0, order="random").fit(task)._training_examples(task)["completion"] for _ in "ab"]
+    assert said[0] == said[1]
+    assert len(set(said[0][6::7])) > 1 and all(sorted(each[1:].split(", ")) == sorted(WORDS) for each in said[0][6::7])
+
+
+@pytest.mark.parametrize("baseline", [TfidfSvm(C=10.0), FineTunedEncoder(epochs=30)])
+def test_baselines_learn_several_labels(baseline, task):
+    said = baseline.fit(task).predict(task.train)
+    assert said.multi_label and said.correct.mean() > 0.9
+
+
+def test_the_majority_has_the_frequency_of_each_label(task):
+    said = Majority().fit(task).predict(task.test)
+    assert np.allclose(said.probabilities, np.mean(task.train["label"], axis=0))
+
+
+def test_a_label_of_all_training_documents_is_always_said(task):
+    rows = [{**row, "label": [1, *row["label"][1:]]} for row in task.train.to_list()]
+    always = Task("tiny", tuple(WORDS), Dataset.from_list(rows), task.validation, task.test, multi_label=True)
+    said = TfidfSvm().fit(always).predict(task.test)
+    assert said.predicted[:, 0].all() and not said.predicted[:, 1].all()
+
+
+def test_labels_without_a_positive_are_refused_by_name(task):
+    rows = [{**row, "label": [row["label"][0], 0, row["label"][2]]} for row in task.train.to_list()]
+    with pytest.raises(BookError, match="has label 'money', which no training document has"):
+        Task("tiny", tuple(WORDS), Dataset.from_list(rows), task.validation, task.test, multi_label=True)
+
+
+@pytest.mark.parametrize("label", [[1, 0], [1, 0, 2], 1, [1, 0, 0, 0], "sports"])
+def test_label_lists_of_the_wrong_shape_are_refused_with_their_row(task, label):
+    class Column(list):
+        column_names = ["text", "label"]
+
+        def __getitem__(self, name):
+            return [row[name] for row in self] if isinstance(name, str) else super().__getitem__(name)
+
+    rows = Column([*task.train.to_list(), {"text": "something else", "label": label}])
+    with pytest.raises(BookError, match="tiny, train, row 28: label .* is no list of 3 zeros and ones") as caught:
+        Task("tiny", tuple(WORDS), rows, task.validation, task.test, multi_label=True)
     assert "\n" not in str(caught.value)

@@ -259,7 +259,12 @@ def test_records_of_different_test_sets_are_not_compared(records):
 def test_rounded_probabilities_of_many_labels_are_probabilities(records):
     record = json.loads(json.dumps(records[0]))
     n = 20_000
-    record |= {"labels": [f"label {i}" for i in range(n)], "gold": [0], "probabilities": [[0.5] + [0.00004] * (n - 1)]}
+    record |= {
+        "labels": [f"label {i}" for i in range(n)],
+        "gold": [0],
+        "groups": None,
+        "probabilities": [[0.5] + [0.00004] * (n - 1)],
+    }
     assert runs.predictions_of(record).probabilities.sum() == pytest.approx(1)
 
 
@@ -269,3 +274,40 @@ def test_records_as_a_table(records):
     assert table["approach"].tolist() == ["TF-IDF + linear SVM", "majority class"] * 2
     assert table["rank"].isna().all()
     assert table["accuracy"].tolist() == [record["metrics"]["accuracy"] for record in records]
+
+
+def test_validation_and_content_free_texts_are_recorded_where_the_sweep_asks(tiny_model, tiny_task, monkeypatch, records):
+    monkeypatch.setattr(runs, "load_task", lambda key: tiny_task)
+    approach = {"InstructionTuned": {"base_model": tiny_model, "epochs": 0}}
+    (key,) = runs.keys({**SMALL, "approaches": [approach], "validation": True})
+    record = json.loads(json.dumps(runs.run(key)))
+    expected = runs.APPROACHES["InstructionTuned"](tiny_model, epochs=0).fit(tiny_task).predict(tiny_task.validation)
+    said = runs.validation_of(record)
+    assert said.gold.tolist() == tiny_task.validation["label"] and np.allclose(
+        said.probabilities, expected.probabilities, atol=1e-4
+    )
+    assert np.array(record["content_free"]["probabilities"]).shape == (len(runs.CONTENT_FREE), 3)
+    with pytest.raises(BookError, match="nothing was recorded on validation. Put `validation: true`"):
+        runs.validation_of(records[0])
+
+
+def test_a_record_from_before_a_setting_counts_with_its_default(sweep, records, tmp_path):
+    older = [json.loads(json.dumps(record)) for record in records]
+    for record in older:
+        record["key"]["settings"].pop("C", None)
+    path = tmp_path / "older.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in older))
+    settings = [each["key"]["settings"] for each in runs.read(path)]
+    assert [each.get("C") for each in settings] == [1.0, None, 1.0, None]
+
+
+def test_groups_of_a_record_are_those_of_its_documents(records):
+    task = tasks.load("ipc-sections", per_class=2, n_validation=20, n_test=60, seed=0)
+    groups = runs.groups_of(task)
+    same = np.equal.outer(groups, groups)
+    assert np.array_equal(same, np.equal.outer(task.test["group"], task.test["group"])) and len(set(groups)) < 60
+    said = [runs.predictions_of(record) for record in records[::2]]
+    common = set(said[0].groups) & set(said[1].groups)  # the same document in the test set of two seeds
+    assert all(len(each.groups) == 40 for each in said)
+    texts = [set(runs.load_task(record["key"]).test["text"]) for record in records[::2]]
+    assert len(common) == len(texts[0] & texts[1])

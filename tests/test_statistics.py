@@ -11,6 +11,7 @@ from helpers.evaluation import (
     Predictions,
     compare,
     comparisons,
+    evaluate,
     expected_calibration_error,
     measure,
     minimum_detectable_effect,
@@ -102,6 +103,63 @@ def test_holm_never_falls_below_the_p_value_nor_above_bonferroni():
     family = comparisons({str(n): with_counts(n, 12 - n) for n in range(13)}, n_resamples=50)
     assert (family["p_holm"] >= family["p_value"] - 1e-12).all()
     assert (family["p_holm"] <= np.minimum(13 * family["p_value"], 1) + 1e-12).all()
+
+
+def copied(predictions, times, grouped):
+    """The same documents `times` times over, with or without saying so."""
+    rows = np.repeat(np.arange(len(predictions.gold)), times)
+    groups = rows if grouped else None
+    return Predictions(
+        predictions.approach, predictions.labels, predictions.probabilities[rows], predictions.gold[rows], groups=groups
+    )
+
+
+def test_groups_of_one_document_change_nothing(pair):
+    alone = [Predictions(p.approach, p.labels, p.probabilities, p.gold, groups=np.arange(80)) for p in pair]
+    assert compare(*alone, n_resamples=200) == compare(*pair, n_resamples=200)
+
+
+def test_copies_of_documents_in_groups_are_no_evidence(pair):
+    once = compare(*pair, n_resamples=4000)
+    grouped = compare(*(copied(p, 4, True) for p in pair), n_resamples=4000)
+    naive = compare(*(copied(p, 4, False) for p in pair), n_resamples=4000)
+    assert grouped["p_value"] == pytest.approx(once["p_value"], abs=0.03)
+    assert naive["p_value"] < once["p_value"] / 4
+    for name in ("low", "high", "macro_f1_low", "macro_f1_high", "micro_f1_low", "micro_f1_high"):
+        assert grouped[name] == pytest.approx(once[name], abs=0.01)
+    assert naive["high"] - naive["low"] < 0.6 * (once["high"] - once["low"])
+
+
+def test_groups_that_are_always_right_together_widen_an_interval():
+    right = np.repeat(np.random.default_rng(0).random(20) < 0.6, 10)
+    said = np.eye(2)[np.where(right, 0, 1)]
+    of_groups, of_documents = (
+        evaluate(Predictions("x", ("a", "b"), said, np.zeros(200), groups=groups))
+        for groups in (np.repeat(np.arange(20), 10), None)
+    )
+    width, naive = (each["macro_f1_high"] - each["macro_f1_low"] for each in (of_groups, of_documents))
+    assert 2 < width / naive < 5  # about the square root of 10
+
+
+def test_pooling_keeps_groups_only_if_all_have_them():
+    with_groups = random_predictions(1, groups=np.arange(80) // 2)
+    assert pool([with_groups, with_groups]).groups.tolist() == (np.arange(80) // 2).tolist() * 2
+    assert pool([with_groups, random_predictions(2)]).groups is None
+
+
+def test_a_group_is_needed_for_each_document():
+    with pytest.raises(BookError, match="3 groups for 80 documents"):
+        random_predictions(1, groups=np.arange(3))
+
+
+def test_micro_f1_difference_is_that_of_scikit_learn():
+    generator = np.random.default_rng(3)
+    gold = generator.integers(2, size=(50, 4))
+    a, b = (Predictions(name, tuple("abcd"), generator.random((50, 4)), gold) for name in "ab")
+    scores = [f1_score(gold, each.predicted, average="micro") for each in (a, b)]
+    found = compare(a, b, n_resamples=200)
+    assert found["micro_f1_difference"] == pytest.approx(scores[0] - scores[1])
+    assert found["micro_f1_low"] < found["micro_f1_difference"] < found["micro_f1_high"]
 
 
 @pytest.mark.parametrize("other", ["test set", "gold", "labels"])
