@@ -301,8 +301,14 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
         p_value = mcnemar([[both, only_a], [only_b, neither]], exact=True).pvalue
     else:
         sides = [np.bincount(units, weights=each.correct) for each in (a, b)]
-        swapped = dict(permutation_type="samples", vectorized=True, batch=1000, rng=np.random.default_rng(seed))
-        p_value = permutation_test(sides, lambda x, y, axis: (x - y).sum(axis=axis), n_resamples=n_resamples, **swapped).pvalue
+        p_value = permutation_test(
+            sides,
+            lambda x, y, axis: (x - y).sum(axis=axis),
+            permutation_type="samples",
+            vectorized=True,
+            batch=1000,
+            rng=np.random.default_rng(seed),
+        ).pvalue
     return {
         "difference": right.mean(),
         "low": low,

@@ -367,7 +367,7 @@ def _named(entry: dict | str) -> tuple[str, dict | None]:
 
 def _title(key: dict) -> str:
     """A run in a few words: what differs from the defaults."""
-    defaults = {each.name: each.default for each in fields(APPROACHES[key["approach"]])} | {"seed": key["seed"]}
+    defaults = asdict(APPROACHES[key["approach"]]()) | {"seed": key["seed"]}
     changed = [f"{name}={value}" for name, value in key["settings"].items() if defaults[name] != value]
     options = [f"{name}={value}" for name, value in key["options"].items()]
     return f"{key['task']}({', '.join(options)}) {key['approach']}({', '.join(changed)}) seed {key['seed']}"

@@ -8,6 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("BOOK_PROFILE", "quick")  # the same tests on a machine with a GPU
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # two files at a time share the cores: set before torch starts
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 WORDS = {
     "sports": ["goal", "striker", "match", "league", "coach", "stadium", "penalty", "trophy"],
