@@ -208,7 +208,7 @@ def test_probe_has_a_row_for_each_label_and_its_softmax_is_that_of_scikit_learn(
 
 
 def test_head_stays_in_float32_on_a_bfloat16_base(tiny_model, monkeypatch):
-    monkeypatch.setattr(profiles, "current", lambda: profiles.Profile("quick", "cpu", torch.bfloat16))
+    monkeypatch.setattr(profiles, "current", lambda *_: profiles.Profile("quick", "cpu", torch.bfloat16))
     model, tokenizer = load_classifier(tiny_model, 3)
     assert model.base_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert model.score.weight.dtype == torch.float32 and not model.training
