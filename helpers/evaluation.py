@@ -40,7 +40,8 @@ class Predictions:
         trainable_parameters: numbers that training changed.
         tokens: the model read while predicting, padding left out; 0 for approaches without a tokenizer.
         peak_memory: while predicting, in bytes, as `measure` has it.
-        thresholds: multi-label, from which probability on a label is said: one for all labels, or one each.
+        thresholds: multi-label, from which probability on a label is said: one for all labels, or one each, or (of results
+            that `pool` put together) one for each document and label.
         test_set: a fingerprint of the test documents, "" if unknown; `compare` refuses two that differ.
         groups: shape (n_documents,), which documents come from one source (an attacker, a patent subclass) and so are right or
             wrong together; None if each stands for itself. Intervals and tests then draw whole groups.
@@ -355,6 +356,7 @@ def pool(results: Sequence[Predictions]) -> Predictions:
         tokens=sum(each.tokens for each in results),
         test_set=" ".join(each.test_set for each in results).strip(),
         groups=np.concatenate([each.groups for each in results]) if grouped else None,
+        thresholds=np.concatenate([np.broadcast_to(each.thresholds, each.probabilities.shape) for each in results]),
     )
 
 

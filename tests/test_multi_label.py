@@ -12,7 +12,7 @@ from helpers.base_models import load_tokenizer
 from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
 from helpers.embedding_head import EmbeddingHead, fit_probe
 from helpers.errors import BookError
-from helpers.evaluation import Predictions, best_thresholds, compare, evaluate
+from helpers.evaluation import Predictions, best_thresholds, compare, evaluate, pool
 from helpers.instruction import InstructionTuned
 from helpers.label_scoring import list_items, score_label_lists, score_questions
 from helpers.tasks import Task
@@ -186,6 +186,12 @@ def test_a_label_without_a_positive_gets_the_common_threshold():
 def test_a_single_label_task_has_no_thresholds():
     with pytest.raises(BookError, match="x: a single-label task has no thresholds"):
         best_thresholds(Predictions("x", ("a", "b"), [[0.5, 0.5]], [0]))
+
+
+def test_pooled_results_keep_the_thresholds_of_each():
+    parts = [replace(SAID, thresholds=0.3), replace(SAID, thresholds=np.array([0.2, 0.9, 0.6])), SAID]
+    assert np.array_equal(pool(parts).predicted, np.concatenate([each.predicted for each in parts]))
+    assert len({each.predicted.tobytes() for each in parts}) == 3
 
 
 def test_comparison_is_about_whole_label_sets():
