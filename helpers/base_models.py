@@ -26,6 +26,7 @@ from transformers import (
     GgufConfig,
     LlamaConfig,
     MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -185,21 +186,29 @@ SHAPES = {
 }
 
 
-def on_meta(name: str, n_labels: int | None = None) -> PreTrainedModel:
+def shape_of(name: str) -> PreTrainedConfig:
+    """The configuration of a base model: a key of `SHAPES`, or anything that `fetch` takes.
+
+    Raises:
+        BookError: as `fetch`.
+    """
+    return copy.deepcopy(SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(fetch(name))
+
+
+def on_meta(shape: str | PreTrainedConfig, n_labels: int | None = None) -> PreTrainedModel:
     """A model without weights, on the meta device: every module and shape is there, no memory is used.
 
     Args:
-        name: a key of `SHAPES`, or anything that `fetch` takes.
+        shape: what `shape_of` takes, or a configuration.
         n_labels: with a classification head for so many labels; None for the language-model head.
 
     Raises:
         BookError: as `fetch`.
     """
-    config = SHAPES[name] if name in SHAPES else AutoConfig.from_pretrained(fetch(name))
+    config = shape_of(shape) if isinstance(shape, str) else copy.deepcopy(shape)
     with torch.device("meta"):
         if n_labels is None:
             return AutoModelForCausalLM.from_config(config)
-        config = copy.deepcopy(config)
         config.num_labels, config.pad_token_id = n_labels, config.pad_token_id or 0
         return AutoModelForSequenceClassification.from_config(config)
 

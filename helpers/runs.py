@@ -210,7 +210,7 @@ def run(key: dict) -> dict:
         key: what is run: `approach` and its `settings`, `task` and its `options`, `seed`, `profile`; with `validation`, what
             the approach says about the validation documents and about `CONTENT_FREE` texts is recorded too.
     """
-    _give_back_memory()  # so that the peak is that of this run
+    give_back_memory()  # so that the peak is that of this run
     task = load_task(key)
     with measure() as training:
         approach = APPROACHES[key["approach"]](**key["settings"]).fit(task)
@@ -262,8 +262,8 @@ def keys(sweep: dict) -> list[dict]:
         BookError: an unknown entry, task, option, approach or setting (the nearest is suggested), or one that is missing.
     """
     profile = profiles.current().name
-    sweep = _checked(sweep, "entry of a sweep", _SWEEP)
-    different = _checked(sweep.pop("full", None) or {}, "entry of `full`", _SWEEP[:-1])
+    sweep = checked(sweep, "entry of a sweep", _SWEEP)
+    different = checked(sweep.pop("full", None) or {}, "entry of `full`", _SWEEP[:-1])
     sweep |= different if profile == "full" else {}
     for entry in _SWEEP[:3]:
         if not isinstance(sweep.get(entry), list) or not sweep[entry]:
@@ -276,8 +276,8 @@ def keys(sweep: dict) -> list[dict]:
         if name not in APPROACHES:
             raise unknown_name("approach", name, APPROACHES)
         defaults = {each.name: each.default for each in fields(APPROACHES[name])}
-        options = _checked(options, "option of a task", (*SHORTEN, *(set(_SPLIT) - {"shorten", "seed"})))
-        settings = _checked(settings, f"setting of {name}", defaults)
+        options = checked(options, "option of a task", (*SHORTEN, *(set(_SPLIT) - {"shorten", "seed"})))
+        settings = checked(settings, f"setting of {name}", defaults)
         if "base_model" in sweep and defaults.get("base_model") == base_models.DEFAULT:
             settings.setdefault("base_model", sweep["base_model"])
         if "seed" in defaults:
@@ -300,7 +300,7 @@ def missing(sweep: str | Path, path: str | Path | None = None) -> list[dict]:
         BookError: the file is no sweep, or what `keys` and `read` refuse.
     """
     done = [record["key"] for record in read(path or Path(sweep).with_suffix(".jsonl"))]
-    return [key for key in keys(_load(Path(sweep))) if key not in done]
+    return [key for key in keys(load_sweep(Path(sweep))) if key not in done]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -312,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     path = given.out or given.sweep.with_suffix(".jsonl")
     try:
-        wanted, to_do = keys(_load(given.sweep)), missing(given.sweep, path)
+        wanted, to_do = keys(load_sweep(given.sweep)), missing(given.sweep, path)
         made = [record for record in read(path) if record["key"] in wanted]
         print(f"{path}: {len(made)} of {len(wanted)} runs are recorded", *other_versions(made), sep="\n")
         if given.list:
@@ -336,7 +336,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{path}: all {len(wanted)} runs are recorded")
 
 
-def _load(sweep: Path) -> dict:
+def load_sweep(sweep: Path) -> dict:
+    """What a sweep file says.
+
+    Raises:
+        BookError: it cannot be read, or is no YAML with entries.
+    """
     try:
         found = yaml.safe_load(sweep.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -346,8 +351,12 @@ def _load(sweep: Path) -> dict:
     return found
 
 
-def _checked(given: dict | None, kind: str, known: Iterable[str]) -> dict:
-    """A copy of `given`, whose names are all known."""
+def checked(given: dict | None, kind: str, known: Iterable[str]) -> dict:
+    """A copy of `given`, an empty one of None.
+
+    Raises:
+        BookError: it is no dictionary, or one of its names is not in `known`; the nearest is suggested.
+    """
     if not isinstance(given or {}, dict):
         raise BookError(f"Each {kind} is written as `name: value`, not {given!r}.")
     for name in given or {}:
@@ -373,7 +382,7 @@ def _title(key: dict) -> str:
     return f"{key['task']}({', '.join(options)}) {key['approach']}({', '.join(changed)}) seed {key['seed']}"
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return what earlier runs in this process held to the system, as far as it lets us."""
     gc.collect()
     if torch.cuda.is_available():

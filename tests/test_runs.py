@@ -170,7 +170,7 @@ def test_the_sweeps_of_the_book_are_in_order():
     sweeps = sorted((ROOT / "book" / "results").glob("*.yaml"))
     assert sweeps
     for path in sweeps:
-        wanted = runs.keys(runs._load(path))
+        wanted = runs.keys(runs.load_sweep(path))
         recorded = [record["key"] for record in runs.read(path.with_suffix(".jsonl"))]
         assert wanted and all(key in wanted for key in recorded), path
 

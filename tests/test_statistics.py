@@ -297,7 +297,7 @@ def test_risk_of_many_labels_a_document_goes_by_the_least_certain():
 
 
 def test_memory_of_a_block_is_its_own():
-    runs._give_back_memory()  # else the block may get memory that earlier tests have freed and the process has kept
+    runs.give_back_memory()  # else the block may get memory that earlier tests have freed and the process has kept
     with measure() as small:
         pass
     with measure() as large:
