@@ -16,7 +16,7 @@ from sklearn.svm import LinearSVC
 from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 
 from helpers import base_models, profiles
-from helpers.embedding_head import SUFFIX, embed, fit_probe, train_classifier
+from helpers.embedding_head import SUFFIX, C, embed, fit_probe, hidden_states, train_classifier
 from helpers.evaluation import Predictions, measure
 from helpers.tasks import Task, gold_of, texts_of
 
@@ -76,12 +76,67 @@ class TfidfSvm:
 
 
 @dataclass
+class AttentionProbe:
+    """Logistic regression on a weighted mean of a text's token states; which tokens weigh how much is learned with it.
+
+    The weights are a softmax over the tokens of state · `query`. A query of zeros is mean pooling, and that is where it starts.
+
+    Attributes:
+        query: shape (hidden_size,).
+        coef_: shape (n_labels, hidden_size), as of `fit_probe`.
+    """
+
+    query: np.ndarray
+    coef_: np.ndarray
+
+    @classmethod
+    def fit(cls, states: list[np.ndarray], gold: np.ndarray) -> "AttentionProbe":
+        """Fit query and coefficients with L-BFGS, both under the penalty of `fit_probe`.
+
+        Args:
+            states: one array of shape (n_tokens, hidden_size) for each text.
+            gold: shape (n_texts,); multi-label (n_texts, n_labels), zeros and ones.
+        """
+        padded, mask = _padded(states)
+        multi_label = gold.ndim == 2
+        n_labels = gold.shape[1] if multi_label else int(gold.max()) + 1
+        wanted = torch.as_tensor(gold, dtype=torch.float32 if multi_label else torch.long)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits if multi_label else torch.nn.functional.cross_entropy
+        query, coef = (torch.zeros(*size, padded.shape[-1], requires_grad=True) for size in ((), (n_labels,)))
+        optimizer = torch.optim.LBFGS([query, coef], max_iter=200, line_search_fn="strong_wolfe")
+
+        def step() -> torch.Tensor:
+            optimizer.zero_grad()
+            penalty = (query.square().sum() + coef.square().sum()) / 2
+            total = C * loss(_pooled(padded, mask, query) @ coef.T, wanted, reduction="sum") + penalty
+            total.backward()
+            return total
+
+        optimizer.step(step)
+        return cls(query.detach().numpy(), coef.detach().numpy())
+
+    def logits(self, states: list[np.ndarray]) -> np.ndarray:
+        """Shape (n_texts, n_labels)."""
+        return _pooled(*_padded(states), torch.as_tensor(self.query)).numpy() @ self.coef_.T
+
+
+def _padded(states: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    padded = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(each) for each in states], batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < torch.tensor([len(each) for each in states])[:, None]
+
+
+def _pooled(padded: torch.Tensor, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    weights = (padded @ query).masked_fill(~mask, -torch.inf).softmax(-1)
+    return (padded * weights[..., None]).sum(1)
+
+
+@dataclass
 class FrozenProbe:
     """Logistic regression on the embeddings of the base model as it comes.
 
     Attributes:
         base_model, suffix: as for `EmbeddingHead`; an empty suffix reads the bare last token.
-        pooling: `last`, `mean` or `max`, see `embed`.
+        pooling: `last`, `mean` or `max`, see `embed`; `attention` learns which tokens to read (`AttentionProbe`).
         layer: read the hidden states above so many blocks (and the final norm); None for all of them.
         causal: False takes the causal mask away (`base_models.read_both_ways`).
         quantized: as the profile says; False for a small encoder, which needs no quantization anywhere.
@@ -112,18 +167,28 @@ class FrozenProbe:
                 self._model.layers = self._model.layers[: self.layer]
             if not self.causal:
                 base_models.read_both_ways(self._model)
-            self._probe = fit_probe(self._embed(task.train), np.array(task.train["label"]))
+            fit = AttentionProbe.fit if self.pooling == "attention" else fit_probe
+            self._probe = fit(self._embed(task.train), np.array(task.train["label"]))
         return self
 
-    def _embed(self, documents: Dataset) -> np.ndarray:
-        return embed(texts_of(documents, self.suffix), self._model, self._tokenizer, self.pooling)
+    def _embed(self, documents: Dataset) -> np.ndarray | list[np.ndarray]:
+        texts = texts_of(documents, self.suffix)
+        if self.pooling != "attention":
+            return embed(texts, self._model, self._tokenizer, self.pooling)
+        states: list = [None] * len(texts)
+        for rows, hidden, mask in hidden_states(texts, self._model, self._tokenizer):
+            for row, tokens, n in zip(rows, hidden.float().cpu().numpy(), mask.sum(1).tolist(), strict=True):
+                states[row] = tokens[:n]
+        return states
 
     def predict(self, documents: Dataset) -> Predictions:
         """The probe's probabilities."""
         with measure() as cost:
-            logits = self._embed(documents) @ self._probe.coef_.T
+            found = self._embed(documents)
+            logits = self._probe.logits(found) if self.pooling == "attention" else found @ self._probe.coef_.T
             probabilities = expit(logits) if self._multi_label else softmax(logits, axis=1)
-        return _predictions(self, probabilities, documents, cost, self._probe.coef_.size)
+        learned = self._probe.coef_.size + (self._probe.query.size if self.pooling == "attention" else 0)
+        return _predictions(self, probabilities, documents, cost, learned)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 Chapters 00 and 04 build it in plain cells; this is the same in one call.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +28,7 @@ from helpers.frozen_layers import computed_once
 from helpers.tasks import Task, gold_of, texts_of
 
 SUFFIX = "\n\nThe topic of this article is"
+C = 0.1  # of the probes: inverse strength of their penalty, as scikit-learn has it
 
 
 def load_classifier(
@@ -57,6 +59,25 @@ def head_in_float32(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> 
 
 
 @torch.inference_mode()
+def hidden_states(
+    texts: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Final-layer hidden states, batch by batch of texts of like length.
+
+    Yields:
+        `(rows, hidden, mask)`: indices into `texts`, states of shape (len(rows), n_tokens, hidden_size), and the attention mask,
+        (len(rows), n_tokens), with the padding on the right.
+    """
+    for rows, batch in base_models.batches(texts, tokenizer, batch_size):
+        mask = batch.attention_mask.to(model.device)
+        yield (
+            rows,
+            model.base_model(batch.input_ids.to(model.device), attention_mask=mask, use_cache=False).last_hidden_state,
+            mask,
+        )
+
+
+@torch.inference_mode()
 def embed(
     texts: list[str],
     model: PreTrainedModel,
@@ -73,9 +94,7 @@ def embed(
     if pooling not in ("last", "mean", "max"):
         raise unknown_name("pooling", pooling, ("last", "mean", "max"))
     vectors = np.empty((len(texts), model.config.get_text_config().hidden_size), dtype=np.float32)
-    for rows, batch in base_models.batches(texts, tokenizer, batch_size):
-        mask = batch.attention_mask.to(model.device)
-        hidden = model.base_model(batch.input_ids.to(model.device), attention_mask=mask, use_cache=False).last_hidden_state
+    for rows, hidden, mask in hidden_states(texts, model, tokenizer, batch_size):
         if pooling == "last":
             pooled = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
         elif pooling == "mean":
@@ -98,12 +117,12 @@ def fit_probe(embeddings: np.ndarray, gold: np.ndarray) -> LogisticRegression:
     """
     if gold.ndim == 2:
         probes = [fit_probe(embeddings, column) if np.ptp(column) else None for column in gold.T]
-        probe = LogisticRegression(C=0.1, fit_intercept=False)
+        probe = LogisticRegression(C=C, fit_intercept=False)
         # the two rows of a label's own probe are halves of the same plane; a label that all documents have starts at zero
         probe.coef_ = np.array([np.zeros(embeddings.shape[1]) if one is None else one.coef_[1] - one.coef_[0] for one in probes])
         probe.intercept_ = np.zeros(len(probe.coef_))
         return probe
-    probe = LogisticRegression(C=0.1, fit_intercept=False, max_iter=5000).fit(embeddings, gold)
+    probe = LogisticRegression(C=C, fit_intercept=False, max_iter=5000).fit(embeddings, gold)
     if len(probe.coef_) == 1:  # scikit-learn keeps one row for two labels: w for the second, 0 for the first
         probe.coef_ = np.concatenate([-probe.coef_ / 2, probe.coef_ / 2])
         probe.intercept_ = np.zeros(2)

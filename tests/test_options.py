@@ -11,8 +11,8 @@ from trl import SFTConfig
 
 from helpers import profiles
 from helpers.base_models import load_tokenizer, read_both_ways, upper_lora
-from helpers.baselines import FrozenProbe
-from helpers.embedding_head import EmbeddingHead, embed
+from helpers.baselines import AttentionProbe, FrozenProbe
+from helpers.embedding_head import EmbeddingHead, embed, fit_probe
 from helpers.errors import BookError
 from helpers.instruction import InstructionTuned, LabelTokensTrainer
 
@@ -215,3 +215,39 @@ def test_weighted_training_learns_too(tiny_model, tiny_task):
     settings = dict(n_layers=None, epochs=20, learning_rate=1e-2, prompt_loss_weight=0.1)
     tuned = InstructionTuned(tiny_model, **settings).fit(tiny_task)
     assert tuned.predict(tiny_task.train).correct.mean() > 0.9
+
+
+def test_an_attention_probe_finds_the_token_that_tells():
+    generator = np.random.default_rng(0)
+
+    def texts(n):
+        gold, states = generator.integers(0, 2, n), []
+        for label in gold:
+            tokens = generator.normal(size=(int(generator.integers(5, 40)), 16)).astype(np.float32)
+            tokens[:, 0] = 0
+            tokens[generator.integers(len(tokens))] = np.eye(16)[0] * 6 + np.eye(16)[1] * (3 if label else -3)
+            states.append(tokens)
+        return states, gold
+
+    (train, gold), (test, expected) = texts(200), texts(200)
+    probe = AttentionProbe.fit(train, gold)
+    right = (probe.logits(test).argmax(1) == expected).mean()
+    mean = fit_probe(np.array([each.mean(0) for each in train]), gold)
+    assert right > 0.95 > 0.9 > (mean.predict(np.array([each.mean(0) for each in test])) == expected).mean()
+    alone = np.concatenate([probe.logits([each]) for each in test[:5]])
+    assert np.allclose(probe.logits(test)[:5], alone, atol=1e-4)
+
+
+def test_a_query_of_zeros_is_mean_pooling():
+    states = [np.arange(6, dtype=np.float32).reshape(3, 2), np.ones((1, 2), dtype=np.float32)]
+    probe = AttentionProbe(np.zeros(2, dtype=np.float32), np.eye(2, dtype=np.float32))
+    assert np.allclose(probe.logits(states), [[2, 3], [1, 1]])
+
+
+def test_a_probe_with_learned_attention_learns_one_and_several_labels(tiny_model, tiny_task):
+    one = FrozenProbe(tiny_model, suffix="", pooling="attention").fit(tiny_task)
+    said = one.predict(tiny_task.train)
+    assert said.correct.mean() > 0.5 and said.trainable_parameters == one._probe.coef_.size + one._probe.query.size
+    rows = [{"text": row["text"], "label": np.eye(3, dtype=int)[row["label"]].tolist()} for row in tiny_task.train]
+    probe = AttentionProbe.fit(one._embed(tiny_task.train), np.array([row["label"] for row in rows]))
+    assert (probe.logits(one._embed(tiny_task.train)) > 0).shape == (len(rows), 3)
