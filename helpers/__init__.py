@@ -6,3 +6,8 @@ The lesson itself stands in the chapters, written directly on transformers, peft
 scikit-learn. What is in here is what would only get in the way there: fetching, checking,
 timing, tables and figures. Each module says which chapter explains it.
 """
+
+import logging
+
+# On CPUs with AVX512-BF16 bitsandbytes asks for a faster kernel from the hub, in the first cell that imports it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
