@@ -11,11 +11,38 @@ os.environ.setdefault("BOOK_PROFILE", "quick")  # the same tests on a machine wi
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # two files at a time share the cores: set before torch starts
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
+BOOK = Path(__file__).resolve().parent.parent / "book"
 WORDS = {
     "sports": ["goal", "striker", "match", "league", "coach", "stadium", "penalty", "trophy"],
     "money": ["bank", "shares", "profit", "market", "dollar", "investor", "budget", "loan"],
     "tech": ["software", "browser", "laptop", "chip", "network", "robot", "server", "code"],
 }
+
+
+def glued_in(chapter):
+    """What a chapter keeps, by name: the stored outputs' data."""
+    import nbformat
+
+    found = {}
+    for cell in nbformat.read(BOOK / f"{chapter}.ipynb", 4).cells:
+        for output in cell.get("outputs", []):
+            if name := output.get("metadata", {}).get("scrapbook", {}).get("name"):
+                found[name] = output.data
+    return found
+
+
+def stored_rows(data):
+    """A stored table as lists of texts, heading first."""
+    from bs4 import BeautifulSoup
+
+    rows = BeautifulSoup("".join(data["text/html"]), "html.parser").find_all("tr")
+    return [[cell.get_text() for cell in row.find_all(("th", "td"))] for row in rows]
+
+
+def stored_table(data):
+    """A stored table as {(row, column): text}."""
+    heading, *rows = stored_rows(data)
+    return {(row[0], column): text for row in rows for column, text in zip(heading[1:], row[1:], strict=True)}
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,13 @@
 
 import json
 import re
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
-from bs4 import BeautifulSoup
+from conftest import BOOK, glued_in, stored_table
 from sklearn.metrics import f1_score
 
-BOOK = Path(__file__).resolve().parent.parent / "book"
 SWEEPS = ("side_by_side", "rank_grid", "zero_shot", "few_documents")
 SHORT = {
     "the head": "embedding head + LoRA",
@@ -23,14 +21,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def glued():
-    """What the chapter keeps, by name: the stored output's data."""
-    found = {}
-    for cell in nbformat.read(BOOK / "06_side_by_side.ipynb", 4).cells:
-        for output in cell.get("outputs", []):
-            name = output.get("metadata", {}).get("scrapbook", {}).get("name")
-            if name:
-                found[name] = output.data
-    return found
+    return glued_in("06_side_by_side")
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +33,6 @@ def records():
 def task_of(record):
     key = record["key"]
     return key["task"] + "".join(f", {key['options'][unit]} {unit}" for unit in ("words", "tokens") if unit in key["options"])
-
-
-def table(data):
-    """A stored table as {(row, column): text}."""
-    rows = [
-        [cell.get_text() for cell in row.find_all(("th", "td"))]
-        for row in BeautifulSoup("".join(data["text/html"]), "html.parser").find_all("tr")
-    ]
-    return {(row[0], column): text for row in rows[1:] for column, text in zip(rows[0][1:], row[1:], strict=True)}
 
 
 def said(record):
@@ -74,7 +56,7 @@ def test_the_metrics_of_every_record_are_those_of_its_predictions():
 
 
 def test_the_table_has_the_means_of_the_records(glued, records):
-    shown = table(glued["side_by_side_table"])
+    shown = stored_table(glued["side_by_side_table"])
     assert len(shown) >= 6 * 3
     for (approach, task), text in shown.items():
         f1 = [100 * r["metrics"]["macro_f1"] for r in records if (task_of(r), r["name"]) == (task, approach)]
@@ -83,7 +65,7 @@ def test_the_table_has_the_means_of_the_records(glued, records):
 
 
 def test_every_sentence_of_the_verdict_has_its_test(glued, records):
-    tasks = dict.fromkeys(task for _, task in table(glued["side_by_side_table"]))
+    tasks = dict.fromkeys(task for _, task in stored_table(glued["side_by_side_table"]))
     pairs = [(a, b) for a, b in map(names_in, verdict(glued))]
     family = {}
     for a, b in dict.fromkeys(pairs):
