@@ -8,6 +8,7 @@ from datasets import Dataset
 from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM
 
+from helpers import tasks
 from helpers.base_models import load_tokenizer
 from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
 from helpers.embedding_head import EmbeddingHead, fit_probe
@@ -15,6 +16,7 @@ from helpers.errors import BookError
 from helpers.evaluation import Predictions, best_thresholds, compare, evaluate, pool
 from helpers.instruction import InstructionTuned
 from helpers.label_scoring import list_items, score_label_lists, score_questions
+from helpers.sources import Document
 from helpers.tasks import Task
 
 SETS = ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1])
@@ -300,3 +302,24 @@ def test_label_lists_of_the_wrong_shape_are_refused_with_their_row(task, label):
     with pytest.raises(BookError, match="tiny, train, row 28: label .* is no list of 3 zeros and ones") as caught:
         Task("tiny", tuple(WORDS), rows, task.validation, task.test, multi_label=True)
     assert "\n" not in str(caught.value)
+
+
+def test_the_order_of_a_documents_labels_means_nothing():
+    names = tuple(WORDS)
+    rows = [(f"document {n}", tuple(name for name, on in zip(names, SETS[n % 7], strict=True) if on)) for n in range(40)]
+
+    def split(labels_of):
+        return tasks.split("x", [Document(text, labels_of(labels)) for text, labels in rows], n_validation=8, n_test=8)
+
+    given = split(lambda labels: labels).content_hash()
+    assert split(lambda labels: labels[::-1]).content_hash() == given
+    assert split(lambda labels: labels + labels[:1]).content_hash() == given  # named twice
+    assert split(lambda labels: labels[:1]).content_hash() != given
+
+
+def test_a_test_document_with_a_label_that_training_never_saw_is_refused(task):
+    rows = [{**row, "label": [row["label"][0], 0, row["label"][2]]} for row in task.train.to_list() if row["label"][1] == 0]
+    with pytest.raises(BookError, match="tiny: validation row 1 has label 'money', which no training document has"):
+        Task("tiny", tuple(WORDS), Dataset.from_list(rows), task.validation, task.test, multi_label=True)
+    with pytest.raises(BookError, match="multi-label gold needs zeros and ones in the shape"):
+        Predictions("x", ("sports", "tech"), [[0.5, 0.5]], [[1, 0, 1]])  # three labels at test, two in training
