@@ -16,7 +16,18 @@ SETTINGS = {
     "precision": "precision",
 }
 LORA = {"DoRA": "use_dora", "rsLoRA": "use_rslora", "q and v only": "target_modules", "alpha = rank": "lora_alpha"}
-READINGS = ("prompt_style", "learning_rate", "final_token", "prompt_loss", "rank", "documents", "lora", "precision", "prompts")
+READINGS = (
+    "prompt_style",
+    "learning_rate",
+    "final_token",
+    "prompt_loss",
+    "rank",
+    "rank_and_rate",
+    "documents",
+    "lora",
+    "precision",
+    "prompts",
+)
 
 
 def records(sweep):
@@ -50,6 +61,9 @@ def both_sides(words):
     if found := re.fullmatch(r"(\d+) documents a class", change):
         side = [r for r in headlines("few_documents") if r["key"]["options"]["per_class"] == int(found[1])]
         return [r for r in side if r["key"]["approach"] == approach], default
+    if found := re.fullmatch(r"rank (\d+), learning rate 0.002", change):
+        side = [r for r in headlines("rank_and_rate") if r["key"]["settings"]["rank"] == int(found[1])]
+        return side, both_sides(f"{kind}, learning rate 0.002")[0]
     sweeps = ("learning_rate", "rank_grid", "prompt_loss", "final_token", "prompt_style", "lora", "precision")
     every = [r for sweep in sweeps for r in headlines(sweep) if r["key"]["approach"] == approach]
     setting, _, value = change.rpartition(" ")
