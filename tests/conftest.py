@@ -45,8 +45,8 @@ def stored_table(data):
     return {(row[0], column): text for row in rows for column, text in zip(heading[1:], row[1:], strict=True)}
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
+def save_tiny(folder, hidden_size=32):
+    """Store a Llama of two layers with random weights and SmolLM2's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +54,7 @@ def tiny_model(tmp_path_factory):
 
     tokenizer = load_tokenizer()
     config = LlamaConfig(
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -67,10 +67,14 @@ def tiny_model(tmp_path_factory):
         dtype="float32",
     )
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base_model") / "tiny"
     LlamaForCausalLM(config).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base_model") / "tiny")
 
 
 @pytest.fixture(scope="session")
