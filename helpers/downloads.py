@@ -134,7 +134,8 @@ def _find(package: Package, target: Path) -> str:
     command += ["--ignore-installed", "--no-deps", "--retries", "1", "--report", "-", f"{package.name}=={package.version}"]
     if not package.filename.endswith(".whl"):
         command += ["--no-binary", package.name]
-    result = subprocess.run(command, capture_output=True, text=True)
+    plain = {name: value for name, value in os.environ.items() if "COLOR" not in name}  # a notebook's pip would colour the JSON
+    result = subprocess.run(command, capture_output=True, text=True, env=plain)
     with contextlib.suppress(ValueError, LookupError):
         return json.loads(result.stdout)["install"][0]["download_info"]["url"]
     if "No module named pip" in result.stderr:

@@ -185,3 +185,18 @@ def test_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path / "file" / "cache"))
     message = refusal()
     assert "Cannot make the cache folder" in message and "BOOK_CACHE" in message
+
+
+def test_colours_that_a_notebook_asks_for_do_not_reach_the_report_of_pip(monkeypatch, tmp_path):
+    for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):  # as Jupyter's kernels set them
+        monkeypatch.setenv(name, "1")
+    seen = {}
+
+    def pip(command, env, **_):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0, '{"install": [{"download_info": {"url": "https://x/y.whl"}}]}', "")
+
+    monkeypatch.setattr(downloads.subprocess, "run", pip)
+    package = downloads.Package(name="y", version="1", filename="y.whl", size=1, sha256="0")
+    assert downloads._find(package, tmp_path / "y.whl") == "https://x/y.whl"
+    assert seen and not any("COLOR" in name for name in seen)
