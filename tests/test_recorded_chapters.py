@@ -1,5 +1,6 @@
 """Chapters 07 and 08 against the records, computed once more by other means."""
 
+import functools
 import json
 import re
 
@@ -30,6 +31,7 @@ READINGS = (
 )
 
 
+@functools.cache
 def records(sweep):
     path = BOOK / "results" / f"{sweep}.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
