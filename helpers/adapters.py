@@ -35,8 +35,9 @@ class Adapted:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise BookError(f"{name} is {value!r}, but it has to be a whole number, {least} or more.")
-        if not self.learning_rate >= 0:
-            raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.")
+        if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate >= 0:
+            hint = " YAML reads 5e-4 as text: write 5.0e-4." if isinstance(self.learning_rate, str) else ""
+            raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.{hint}")
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model that the adapter is put on, and its tokenizer."""

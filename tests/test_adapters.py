@@ -215,6 +215,7 @@ def test_a_damaged_note_is_named(tiny_model, tiny_task, tmp_path):
         ({"epochs": -1}, "epochs is -1"),
         ({"learning_rate": -1e-4}, "learning_rate is -0.0001"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": "5e-4"}, "YAML reads 5e-4 as text: write 5.0e-4"),
     ],
 )
 def test_settings_without_a_training_are_refused(kind, settings, words):
