@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
@@ -134,6 +135,17 @@ def read_both_ways(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Let gradients pass 4-bit layers after an evaluation, in place.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights anew at their first forward pass in eval mode, for a kernel
+    without a backward pass, and never unpacks them: adapters below such a layer would learn nothing, without a word.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int | None, **options) -> LoraConfig:

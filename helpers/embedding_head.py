@@ -3,7 +3,7 @@
 Chapters 00 and 04 build it in plain cells; this is the same in one call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,6 +49,7 @@ def load_classifier(
         pad_token_id=tokenizer.pad_token_id,
         device_map=profile.device,
     )
+    base_models.keep_trainable(model)
     model.score.float().register_forward_pre_hook(head_in_float32)
     return model.eval(), tokenizer
 
@@ -140,12 +141,14 @@ def train_classifier(
     batch_size: int,
     seed: int,
     checkpoints: str | None = None,
+    loss: Callable | None = None,
 ) -> None:
     """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, linear decay after a tenth of warm-up.
 
     Args:
         gold: label numbers; for a multi-label model lists of zeros and ones.
         checkpoints: a folder that gets one after every epoch and from which a stopped training goes on.
+        loss: instead of the model's own, `compute_loss_func` of the Trainer.
     """
     if isinstance(gold[0], list):
         gold = [[float(one) for one in row] for row in gold]  # what binary cross-entropy takes
@@ -165,6 +168,7 @@ def train_classifier(
             ),
             train_dataset=Dataset.from_dict({**tokenizer(texts), "label": gold}),
             data_collator=DataCollatorWithPadding(tokenizer),
+            compute_loss_func=loss,
         )
         adapters.train(trainer)
 

@@ -119,6 +119,7 @@ class InstructionTuned(adapters.Adapted):
             quantization_config=profile.quantization,
             device_map=profile.device,
         )
+        base_models.keep_trainable(model)
         tokenizer = base_models.load_tokenizer(self.base_model)
         model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer

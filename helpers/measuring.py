@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 
 from helpers import base_models
 from helpers.errors import BookError, unknown_name
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler announces itself on standard error otherwise
 
 TASK_TYPES = {"head": "SEQ_CLS", "instruction": "CAUSAL_LM"}
 PRECISIONS = ("nf4", "bfloat16", "float32")
@@ -208,7 +211,8 @@ def count_step(
         approach: `head` or `instruction`.
         batch_size, length: documents, and tokens of each, padding included.
         precision: of the base model's weights: `nf4`, `bfloat16` or `float32`.
-        label_tokens: positions at the end whose logits are taken, for instruction tuning.
+        label_tokens: positions at the end whose logits are taken, for instruction tuning. TRL's loss does that on a GPU alone;
+            on a CPU it takes all logits, which is not counted.
 
     Returns:
         `weights` (frozen), `adapters`, `optimizer`; `activations`, what the forward pass keeps for the backward pass;

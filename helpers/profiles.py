@@ -88,8 +88,9 @@ def start(seed: int = 0) -> Profile:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    # PEFT 0.21 still asks transformers for a property by its old name; nothing in this book does.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # PEFT 0.21 still calls transformers' checkpointing by its old names; nothing in this book does.
+    old = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
+    warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     profile = current()
     print(profile)
     return profile

@@ -29,7 +29,7 @@ from datasets import Dataset
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from helpers import base_models, baselines, embedding_head, instruction, profiles, sources, tasks
+from helpers import base_models, baselines, distillation, embedding_head, instruction, profiles, sources, tasks
 from helpers.errors import BookError, unknown_name
 from helpers.evaluation import Predictions, evaluate, measure
 
@@ -40,6 +40,8 @@ APPROACHES = {
         baselines.TfidfSvm,
         baselines.FrozenProbe,
         baselines.FineTunedEncoder,
+        distillation.DistilledEncoder,
+        distillation.DistilledTfidf,
         embedding_head.EmbeddingHead,
         instruction.InstructionTuned,
     )
