@@ -1,0 +1,162 @@
+"""Exported classifiers give the same probabilities; training on two processes gives the same losses as on one."""
+
+import csv
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import ClusterConfig
+from conftest import BOOK
+from transformers import AutoModelForSequenceClassification
+
+from helpers import base_models, export
+from helpers.embedding_head import EmbeddingHead
+from helpers.errors import BookError
+
+SCRIPTS = BOOK / "scripts"
+TEXTS = ["the goal and one trophy again", "a bank", "the robot and one chip " * 20, "stock"]
+ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tiny_task):
+    return EmbeddingHead(tiny_model, n_layers=None, rank=4, epochs=4, learning_rate=1e-2).fit(tiny_task)
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    merged = trained.model.merge_and_unload()
+    folder = tmp_path_factory.mktemp("exported")
+    full = export.to_onnx(merged, trained.tokenizer, trained.labels, folder / "full", trained.suffix)
+    return merged, full, export.to_int8(full, folder / "int8")
+
+
+def expected(model, approach, texts):
+    batch = approach.tokenizer([text + approach.suffix for text in texts], padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        return model(**batch).logits.softmax(-1).numpy()
+
+
+def scorer(folder):
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        import score
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    return score.Scorer(folder)
+
+
+def test_an_exported_classifier_gives_the_same_probabilities_whatever_the_batch(exported, trained):
+    model, full, int8 = exported
+    want = expected(model, trained, TEXTS)
+    assert want.std(axis=0).max() > 0.01  # the texts differ
+    for batch_size in (1, 3, 32):
+        assert np.allclose(scorer(full).score(TEXTS, batch_size), want, atol=1e-5)
+    assert np.abs(scorer(int8).score(TEXTS) - want).max() < 0.1
+    sizes = [(folder / "model.onnx").stat().st_size for folder in (full, int8)]
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+def test_an_encoder_is_exported_like_a_decoder(tmp_path):
+    tokenizer = base_models.load_tokenizer(base_models.ENCODER)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base_models.fetch(base_models.ENCODER), num_labels=3, num_hidden_layers=1, dtype="float32"
+    ).eval()
+    folder = export.to_onnx(model, tokenizer, ("a", "b", "c"), tmp_path / "encoder")
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        want = model(**batch).logits.softmax(-1).numpy()
+    assert np.allclose(scorer(folder).score(TEXTS), want, atol=1e-5)
+
+
+def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trained, tmp_path):
+    lines = [json.dumps({"text": text}) for text in TEXTS] + ["{", '{"body": "a"}', '{"text": " "}', "3"]
+    blocked = tmp_path / "blocked"
+    for name in ("torch", "helpers", "transformers"):
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text("raise ImportError('not here')")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "score.py"), str(exported[1])],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ALONE | {"PYTHONPATH": str(blocked)},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    want = expected(exported[0], trained, TEXTS)
+    assert [each["label"] for each in said[: len(TEXTS)]] == [trained.labels[row.argmax()] for row in want]
+    assert np.allclose([list(each["probabilities"].values()) for each in said[: len(TEXTS)]], want, atol=1e-3)
+    assert [each.get("error") for each in said[len(TEXTS) :]] == ['no JSON object with a "text"'] * 2 + [
+        "the text is empty",
+        'no JSON object with a "text"',
+    ]
+    wrong = subprocess.run([sys.executable, str(SCRIPTS / "score.py"), "nowhere"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("Give the folder of an exported classifier")
+
+
+def test_what_cannot_be_exported_is_refused(trained, exported, tmp_path):
+    model, full, _ = exported
+    with pytest.raises(BookError, match="holds something already"):
+        export.to_onnx(model, trained.tokenizer, trained.labels, full)
+    with pytest.raises(BookError, match="holds something already"):
+        export.to_int8(full, full)
+    with pytest.raises(BookError, match="holds no model.onnx"):
+        export.to_int8(tmp_path, tmp_path / "out")
+    with pytest.raises(BookError, match="The weights are torch.bfloat16"):
+        half = AutoModelForSequenceClassification.from_pretrained(trained.base_model, dtype=torch.bfloat16)
+        export.to_onnx(half, trained.tokenizer, trained.labels, tmp_path / "half")
+
+
+def launch(processes, documents, base, out, *more):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SCRIPTS / "two_cpus.yaml")]
+    command += ["--num_processes", str(processes), str(SCRIPTS / "train.py"), str(documents), "--base", base, "--out", str(out)]
+    return subprocess.run([*command, *more], capture_output=True, text=True, env=ALONE, timeout=300)
+
+
+@pytest.fixture
+def documents(tiny_task, tmp_path):
+    path = tmp_path / "documents.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        rows.writerows([row["text"], tiny_task.labels[row["label"]]] for row in tiny_task.train)
+    return path
+
+
+def test_two_processes_have_the_losses_of_one(documents, tiny_model, tmp_path):
+    losses = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        options = ("--batch-size", "4", "--epochs", "2", "--rank", "4", "--learning-rate", "1e-2")
+        done = launch(processes, documents, tiny_model, out, *options)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said = json.loads((out / "losses.json").read_text())
+        assert said["processes"] == processes
+        losses[processes] = said["losses"]
+        assert (out / "adapter_model.safetensors").exists()
+    assert len(losses[1]) == 6 and losses[1][0] != losses[1][-1]
+    assert losses[2] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_batch_that_cannot_be_shared_and_a_file_without_labels_are_refused(documents, tiny_model, tmp_path):
+    done = launch(2, documents, tiny_model, tmp_path / "out", "--batch-size", "3")
+    assert done.returncode != 0 and "--batch-size 3 cannot be shared by 2 processes" in done.stderr
+    documents.write_text("text,class\na,b\n")
+    done = launch(1, documents, tiny_model, tmp_path / "out")
+    assert done.returncode != 0 and "has no column 'label', only text, class" in done.stderr
+
+
+def test_accelerate_reads_the_configuration_for_several_gpus():
+    config = ClusterConfig.from_yaml_file(str(SCRIPTS / "fsdp_qlora.yaml"))
+    assert config.distributed_type == "FSDP" and config.num_processes == 2
+    known = set(inspect.signature(FullyShardedDataParallelPlugin).parameters) | {"version", "offload_params"}
+    assert {name.removeprefix("fsdp_") for name in config.fsdp_config} <= known
