@@ -171,15 +171,15 @@ def multi_label():
 
 
 def tuned(record):
-    """Decisions at the threshold of a fine grid that is best on validation."""
-    validation = {name: np.array(record["validation"][name]) for name in ("probabilities", "gold")}
-
-    def f1(cut):
-        return f1_score(validation["gold"], validation["probabilities"] >= cut, average="micro", zero_division=0)
-
-    cuts = np.unique(np.quantile(validation["probabilities"], np.linspace(0.5, 1, 400)))
-    best = max(cuts, key=f1)
-    return np.array(record["probabilities"]) >= best, f1(best)
+    """Decisions at the threshold that is best on validation: halfway between the last probability said and the first not said."""
+    gold, probabilities = (np.array(record["validation"][name]).ravel() for name in ("gold", "probabilities"))
+    order = np.argsort(-probabilities, kind="stable")
+    last = np.flatnonzero(np.diff(probabilities[order], append=-1))  # of equal ones
+    values, said, found = probabilities[order][last], last + 1, gold[order].cumsum()[last]
+    f1 = 2 * found / (said + gold.sum())
+    best = int(len(f1) - 1 - f1[::-1].argmax())  # of equals the lowest threshold
+    below = values[best + 1] if best + 1 < len(values) else 0.0
+    return np.array(record["probabilities"]) >= (values[best] + below) / 2, f1[best]
 
 
 def test_the_table_of_several_labels_has_the_scores_of_the_records(multi_label):
@@ -198,7 +198,7 @@ def test_the_table_of_several_labels_has_the_scores_of_the_records(multi_label):
             scores["exact"].append((gold == decided).all(axis=1).mean())
         for name, values in scores.items():
             said = float(shown[approach, name].split(" ± ")[0])
-            assert said == pytest.approx(100 * np.mean(values), abs=1.0), (approach, name)
+            assert said == pytest.approx(100 * np.mean(values), abs=0.051), (approach, name)
 
 
 def test_head_against_instruction_is_that_of_the_records(multi_label):
@@ -224,3 +224,55 @@ def test_what_is_made_of_records_is_compared_at_every_run(chapter):
     for cell in nbformat.read(BOOK / f"{chapter}.ipynb", 4).cells:
         if cell.cell_type == "code" and "keep(" in cell.source and "with_alt_text" not in cell.source:
             assert "nbval-check-output" in cell.metadata.get("tags", []), cell.source[:80]
+
+
+def test_the_fixed_bytes_of_chapter_09_are_those_of_the_published_shape():
+    width, inner, blocks, vocabulary, rank = 4096, 14_336, 32, 128_256, 16
+    layers = [(width, width)] * 2 + [(width, 1024)] * 2 + [(width, inner)] * 2 + [(inner, width)]
+    norms = (2 * blocks + 1) * width
+    expected = {
+        "blocks in NF4": {"instruction": blocks * sum(a * b for a, b in layers) * (0.5 + 1 / 64 + 4 / 16_384)},
+        "the rest in bfloat16": {"instruction": 2 * (2 * vocabulary * width + norms)},
+        "adapters": {"instruction": 4 * blocks * rank * sum(a + b for a, b in layers)},
+    }
+    expected["blocks in NF4"]["head"] = expected["blocks in NF4"]["instruction"]
+    expected["the rest in bfloat16"]["head"] = 2 * (vocabulary * width + norms + 5 * width)
+    expected["adapters"]["head"] = expected["adapters"]["instruction"] + 4 * 5 * width
+    stored = stored_table(glued_in("09_one_gpu_8b")["fixed"])
+    for part, by_approach in expected.items():
+        for approach, n_bytes in by_approach.items():
+            assert float(stored[part, approach]) == pytest.approx(n_bytes / 1e9, abs=0.006)
+
+
+def test_chapter_09_shows_what_its_benchmark_recorded():
+    lines = (BOOK / "benchmarks" / "one_gpu.jsonl").read_text().splitlines()
+    made = [record for record in map(json.loads, lines) if record["key"]["profile"] == "quick"]
+    said = "".join(glued_in("09_one_gpu_8b")["measured"]["text/plain"])
+    for record in made:
+        assert record["key"]["name"] in said
+        assert record["counted"]["peak"] == pytest.approx(record["peak"], rel=0.1) or record["key"]["recipe"]["loss"] == "trl"
+    table = stored_rows(glued_in("09_one_gpu_8b")["measured"])
+    assert [float(row[-2]) for row in table[-len(made) :]] == [round(record["peak"] / 1e6, 1) for record in made]
+
+
+def test_chapter_10_says_of_every_student_what_its_records_say():
+    def macro_f1(record):
+        return f1_score(record["gold"], np.array(record["probabilities"]).argmax(1), average="macro")
+
+    def mean(side):
+        assert [record["key"]["seed"] for record in side] == [0, 1, 2]
+        return 100 * np.mean([macro_f1(record) for record in side])
+
+    stored = stored_table(glued_in("10_distil_and_serve")["students"])
+    teacher = mean([r for r in records("teachers") if r["key"]["approach"] == "EmbeddingHead"])
+    names = {row for row, _ in stored}
+    assert float(stored["teacher: embedding head + LoRA", "macro-F1"]) == pytest.approx(teacher, abs=0.06)
+    for name in names - {"teacher: embedding head + LoRA"}:
+        side = [r for r in records("distillation") if name.startswith(r["name"])]
+        if found := re.search(r"(\d) block", name):
+            side = [r for r in side if r["key"]["settings"]["n_layers"] == int(found[1])]
+        if "distilled" in name and "MiniLM" in name:
+            temperature = re.search(r"temperature (\d)", name)
+            side = [r for r in side if r["key"]["settings"]["temperature"] == float(temperature[1] if temperature else 2)]
+        assert float(stored[name, "macro-F1"]) == pytest.approx(mean(side), abs=0.06)
+        assert float(stored[name, "kept %"]) == pytest.approx(100 * mean(side) / teacher, abs=0.06)
