@@ -15,7 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
@@ -205,17 +205,20 @@ def groups_of(task: tasks.Task) -> list[str]:
     return [hashlib.sha256(each.encode()).hexdigest()[:8] for each in task.test[column]]
 
 
-def run(key: dict) -> dict:
+def run(key: dict, save: str | Path | None = None) -> dict:
     """Make one run and return its record.
 
     Args:
         key: what is run: `approach` and its `settings`, `task` and its `options`, `seed`, `profile`; with `validation`, what
             the approach says about the validation documents and about `CONTENT_FREE` texts is recorded too.
+        save: a folder for the trained adapter, see `Adapted.save`.
     """
     give_back_memory()  # so that the peak is that of this run
     task = load_task(key)
     with measure() as training:
         approach = APPROACHES[key["approach"]](**key["settings"]).fit(task)
+    if save is not None:
+        approach.save(save)
     said = replace(approach.predict(task.test), test_set=test_set(task), groups=np.array(groups_of(task)))
     more = {}
     if key.get("validation"):
@@ -305,6 +308,32 @@ def missing(sweep: str | Path, path: str | Path | None = None) -> list[dict]:
     return [key for key in keys(load_sweep(Path(sweep))) if key not in done]
 
 
+def make(
+    to_do: Iterable[dict], path: str | Path, save: Callable[[dict], Path | None] = lambda key: None, progress: bool = True
+) -> list[str]:
+    """Make runs one after the other, each recorded in `path` as soon as it is done.
+
+    Args:
+        save: the folder for the adapter of a run, or None.
+        progress: show a bar.
+
+    Returns:
+        One line for each run that failed; the others are made all the same.
+    """
+    failed = []
+    bar = tqdm(list(to_do), unit="run", disable=not progress)
+    for key in bar:
+        bar.set_postfix_str(_title(key))
+        if key in [record["key"] for record in read(path)]:
+            continue  # another process made it
+        try:
+            append(path, run(key, save(key)))
+        except Exception as error:
+            failed.append(f"{_title(key)}: {type(error).__name__}: {error}")
+            tqdm.write(failed[-1], file=sys.stderr)
+    return failed
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Make the runs of a sweep that are not recorded yet. Stop it whenever you like: it goes on where it was."""
     parser = argparse.ArgumentParser(prog="python -m helpers.runs", description=main.__doc__)
@@ -320,17 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.list:
             print(*(f"not yet run: {_title(key)}" for key in to_do), sep="\n")
             return
-        failed = []
-        bar = tqdm(to_do, unit="run")
-        for key in bar:
-            bar.set_postfix_str(_title(key))
-            if key in [record["key"] for record in read(path)]:
-                continue  # another process made it
-            try:
-                append(path, run(key))
-            except Exception as error:
-                failed.append(f"{_title(key)}: {type(error).__name__}: {error}")
-                tqdm.write(failed[-1], file=sys.stderr)
+        failed = make(to_do, path)
     except BookError as error:
         sys.exit(str(error))
     if failed:

@@ -1,0 +1,189 @@
+"""From a file to a verdict: the command, what it leaves behind, and what it refuses to touch."""
+
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from conftest import WORDS
+
+from helpers import compare, own_data, runs, tasks
+from helpers.embedding_head import EmbeddingHead
+from helpers.errors import BookError
+from helpers.evaluation import Predictions
+from helpers.instruction import InstructionTuned
+
+FLAT = {word: label for label, words in WORDS.items() for word in words}
+
+
+def documents(n=90):
+    """One of three labels each, told by a word; every sixth has a second label; written by one of twenty people."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(n):
+        word, other = generator.choice(list(FLAT), 2, replace=False)
+        text = f"the {word} of number {number} and nothing else in {generator.integers(1000)}"
+        labels = sorted({FLAT[word], FLAT[other]} if number % 6 == 0 else {FLAT[word]})
+        rows.append({"text": text, "label": FLAT[word], "labels": ";".join(labels), "who": f"p{number % 20}"})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "notes.csv"
+    documents().to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def without_two_baselines(monkeypatch):
+    """Those that need a large model: they fail, which has to be said."""
+    for name in ("FrozenProbe", "FineTunedEncoder"):
+        monkeypatch.setattr(runs.APPROACHES[name], "fit", lambda self, task: (_ for _ in ()).throw(BookError("not here")))
+
+
+def command(file, out, tiny_model, *more):
+    compare.main([str(file), "--text", "text", "--out", str(out), "--base-model", tiny_model, "--epochs", "1", *more])
+
+
+def test_one_command_from_the_file_to_the_verdict_and_again(file, tiny_model, without_two_baselines, tmp_path, capsys):
+    out = tmp_path / "out"
+    command(file, out, tiny_model, "--label", "label")
+    said = capsys.readouterr().out
+    assert "Each document has one label: 'label' has 3 of them." in said
+    assert "Take **" in said and "FrozenProbe" not in said and "**frozen embedding + probe** could not be run." in said
+    assert {"report.md", "table.csv", "records.jsonl", "compared.json", "head", "instruction"} <= set(os.listdir(out))
+    report = (out / "report.md").read_text()
+    assert "## Verdict" in report and "1 split(s), 30 test documents each" in report
+    records = runs.read(out / "records.jsonl")
+    assert len(records) == 4 and {record["name"] for record in records} >= set(compare.TRAINED)
+
+    # the table is that of the records, and the adapter is the one that was tested
+    table = pd.read_csv(out / "table.csv", index_col=0)
+    for record in records:
+        assert table.loc[record["name"], "accuracy"] == pytest.approx(100 * record["metrics"]["accuracy"])
+        if record["name"] in compare.TRAINED:
+            folder = out / compare.TRAINED[record["name"]]
+            task = runs.load_task(record["key"])
+            again = runs.APPROACHES[record["key"]["approach"]].load(folder).predict(task.test)
+            assert np.allclose(again.probabilities, record["probabilities"], atol=1e-4)
+            card = (folder / "README.md").read_text()
+            metadata = yaml.safe_load(card.split("---")[1])
+            values = [each["value"] for each in metadata["model-index"][0]["results"][0]["metrics"]]
+            assert values == [record["metrics"]["accuracy"], record["metrics"]["macro_f1"]]
+            assert f"| accuracy | {100 * record['metrics']['accuracy']:.1f} |" in card and "`sports`" in card
+
+    # a second call makes nothing anew
+    before = (out / "records.jsonl").read_bytes()
+    command(file, out, tiny_model, "--label", "label")
+    assert (out / "records.jsonl").read_bytes() == before
+
+
+def test_several_labels_and_groups(file, tiny_model, without_two_baselines, tmp_path, capsys):
+    out = tmp_path / "out"
+    command(file, out, tiny_model, "--label", "labels", "--group", "who", "--n-test", "8", "--n-validation", "4")
+    said = capsys.readouterr().out
+    assert "A document can have several labels" in said and "Take **" in said
+    record = runs.read(out / "records.jsonl")[-1]
+    task = runs.load_task(record["key"])
+    assert task.multi_label and len(task.test) == 8
+    split = {name: set(getattr(task, name)["group"]) for name in tasks.SPLITS}
+    assert not split["train"] & split["test"] and not split["train"] & split["validation"]
+    assert 0 < float(np.max(compare.results([record])[record["name"]].thresholds)) < 1
+
+
+def test_check_only_looks(file, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    command(file, out, tiny_model, "--label", "label", "--check")
+    assert "rarest label" in capsys.readouterr().out and not out.exists()
+
+
+def test_help_has_examples_that_parse(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        compare.main(["--help"])
+    said = capsys.readouterr().out
+    assert said.count("python -m helpers.compare ") >= 5 and "--multi-label, --no-multi-label" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--label", "lable"), "There is no column 'lable'. Did you mean 'label'?"),
+        (("--label", "label", "--seeds", "0"), "seeds is 0, but it has to be 1 or more"),
+        (("--label", "label", "--n-test", "500"), "do not fit"),
+        (("--label", "label", "--base-model", "SmolLM3"), "There is no base model 'SmolLM3'. Did you mean"),
+    ],
+)
+def test_refused_in_one_line_before_anything_is_written(file, tiny_model, tmp_path, arguments, said):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=said) as caught:
+        command(file, out, tiny_model, *arguments)
+    assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_nothing_is_overwritten(file, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="holds something else. Give a new folder; nothing was overwritten"):
+        command(file, out, tiny_model, "--label", "label")
+    assert os.listdir(out) == ["thesis.txt"]
+
+    (out / "thesis.txt").rename(out / "compared.json")
+    (out / "compared.json").write_text('{"file": "others.csv", "task": "others.csv 1234"}')
+    with pytest.raises(SystemExit, match="holds the comparison of other documents"):
+        command(file, out, tiny_model, "--label", "label")
+    assert os.listdir(out) == ["compared.json"]
+
+
+def record(name, wrong, n=400, seconds=1.0, seed=0):
+    """A record of an approach that gets the first documents wrong."""
+    gold = np.arange(n) % 2
+    predicted = np.where(np.arange(n) < wrong, 1 - gold, gold)
+    probabilities = np.eye(2)[predicted].tolist()
+    cost = {"seconds": seconds, "training_seconds": 1, "trainable_parameters": 1, "tokens": 1, "peak_memory": 1}
+    said = {"gold": gold.tolist(), "probabilities": probabilities}
+    key = {"approach": "Majority", "settings": {"name": name}, "task": "t", "options": {}, "seed": seed}
+    more = {"labels": ["a", "b"], "test_set": f"s{seed}", "groups": None, "cost": cost, "validation": said}
+    return {"key": key, "name": name, **more, **said}
+
+
+SVM, HEAD, INSTRUCTION = compare.BASELINES[0], EmbeddingHead.name, InstructionTuned.name
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seconds", "chosen"),
+    [
+        ({SVM: 100, HEAD: 40, INSTRUCTION: 41}, {HEAD: 1, INSTRUCTION: 2}, HEAD),  # equal: the faster one
+        ({SVM: 100, HEAD: 40, INSTRUCTION: 41}, {HEAD: 2, INSTRUCTION: 1}, INSTRUCTION),
+        ({SVM: 100, HEAD: 80, INSTRUCTION: 20}, {HEAD: 1, INSTRUCTION: 2}, INSTRUCTION),
+        ({SVM: 100, HEAD: 99, INSTRUCTION: 98}, {HEAD: 1, INSTRUCTION: 2}, SVM),  # not shown to be better
+        ({SVM: 10, HEAD: 99, INSTRUCTION: 98}, {HEAD: 1, INSTRUCTION: 2}, SVM),
+    ],
+)
+def test_the_verdict_needs_an_interval_behind_it(wrong, seconds, chosen):
+    records = [record(name, n, seconds=seconds.get(name, 0.1)) for name, n in wrong.items()]
+    found, text = compare.verdict(records)
+    assert found == chosen and f"Take **{chosen}**" in text
+    assert text.count("at 97.5 %") == 2 and "**MiniLM, fine-tuned** could not be run." in text
+
+
+def test_without_an_approach_nothing_is_claimed():
+    found, text = compare.verdict([record(SVM, 10)])
+    assert found == SVM and text.count("could not be run") == 4 and "better" not in text
+
+
+def test_multi_label_thresholds_come_from_validation():
+    said = {"gold": [[1, 0], [0, 1]] * 20, "probabilities": [[0.3, 0.1], [0.1, 0.3]] * 20}
+    made = {**record(HEAD, 0), **said, "validation": said}
+    (result,) = compare.results([made]).values()
+    assert isinstance(result, Predictions) and result.correct.all() and 0.1 < result.thresholds < 0.3
+
+
+def test_own_documents_are_cut_before_the_split(file, tiny_model):
+    data = own_data.read(file, "text", "label")
+    data, keys = compare.plan(data, n_train=20, n_validation=9, n_test=12, seeds=2, base_model=tiny_model)
+    assert len(data.documents) == 41 and [key["seed"] for key in keys] == [0] * 6 + [1] * 6
+    task = runs.load_task(keys[0])
+    assert {name: len(getattr(task, name)) for name in tasks.SPLITS} == {"train": 20, "validation": 9, "test": 12}

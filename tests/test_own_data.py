@@ -1,0 +1,252 @@
+"""Files as people have them: each kind of bad file gives one line that says what to do, or a named warning, never silence."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import own_data
+from helpers.errors import BookError
+from helpers.own_data import read
+
+NOUNS = "goal market robot player bank virus team price laptop vote match trade phone coach stock worm league chip law"
+LABELS = ("sport", "business", "technology")
+
+
+def text(number):
+    generator = np.random.default_rng(number)
+    return f"the {' and the '.join(generator.choice(NOUNS.split(), 4, replace=False))} of {number}"
+
+
+def rows(n=60):
+    return [(text(number), LABELS[number % 3]) for number in range(n)]
+
+
+def as_csv(lines, header="text,label", separator=","):
+    quoted = (separator.join(f'"{cell}"' for cell in line) if isinstance(line, tuple) else line for line in lines)
+    return "\n".join([header, *quoted]) + "\n"
+
+
+def relabelled(label):
+    return [(content, label(number, old)) for number, (content, old) in enumerate(rows())]
+
+
+def as_jsonl(lines):
+    return "\n".join(
+        line if isinstance(line, str) else json.dumps(dict(zip(("text", "label"), line, strict=True))) for line in lines
+    )
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(content, name="documents.csv"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return written
+
+
+GOOD = as_csv(rows())
+
+# what is wrong: (content, file name, what the one line says)
+REFUSED = {
+    "no rows": ("text,label\n", "documents.csv", "has no rows"),
+    "nothing at all": ("", "documents.csv", "is empty"),
+    "another ending": (GOOD, "documents.xlsx", "only .csv, .tsv, .jsonl, .ndjson, .parquet can be read"),
+    "no header": (GOOD.partition("\n")[2], "documents.csv", "There is no column 'text'"),
+    "a column that is spelled otherwise": (GOOD.replace("text,", "Text,", 1), "documents.csv", "Did you mean 'Text'"),
+    "a column twice": (as_csv([(*row, "x") for row in rows()], "text,label,label"), "documents.csv", "two columns 'label'"),
+    "a line with too many fields": (as_csv([*rows(), "a,b,c"]), "documents.csv", "line 62: 3 fields between ',' .* has 2"),
+    "a line with too few fields": (as_csv([*rows(), "alone"]), "documents.csv", "line 62: 1 fields between ','"),
+    "a quote that is never closed": (as_csv([*rows(), '"open,sport']), "documents.csv", "line 63: not readable as CSV"),
+    "Latin-1": (as_csv([*rows(), ("caf\xe9", "sport")]).encode("latin-1"), "documents.csv", "line 62: byte 0xe9 is no UTF-8"),
+    "binary junk": (bytes(range(256)) * 20, "documents.csv", "byte 0x80 is no UTF-8"),
+    "zero bytes": (GOOD + "\0\0", "documents.csv", "line 62 holds a zero byte"),
+    "one label": (as_csv(relabelled(lambda *_: "x")), "documents.csv", "needs two labels or more, .* only 'x'"),
+    "a label for each document": (as_csv(relabelled(lambda n, _: f"x{n}")), "documents.csv", "60 documents have 60 labels"),
+    "measurements as labels": (as_csv(relabelled(lambda n, _: f"{n % 7}.5")), "documents.csv", "are measurements"),
+    "numbers as texts": (as_csv([(str(n), one) for n, (_, one) in enumerate(rows())]), "documents.csv", "holds numbers .0., no"),
+    "no text in any row": (as_csv([(" ", one) for _, one in rows()]), "documents.csv", "no row has both a text and a label"),
+    "no label in any row": (as_csv(relabelled(lambda *_: "")), "documents.csv", "no row has both a text and a label"),
+    "only texts with two labels": (
+        as_csv([("the same", "sport"), ("the same", "business"), ("The same", "business"), ("the same ", "sport")]),
+        "documents.csv",
+        "needs two labels or more, .* none",
+    ),
+    "a line that is no JSON": (as_jsonl([*rows(), "{'text': 1}"]), "documents.jsonl", "line 61 is no JSON"),
+    "one JSON array": (json.dumps([{"text": "a"}], indent=1), "documents.jsonl", "line 1 is no JSON .* one object a line"),
+    "a JSON line that is a list": (as_jsonl(['["a"]']), "documents.jsonl", "line 1 is no JSON object"),
+    "JSON objects as labels": (as_jsonl(relabelled(lambda *_: {"a": 1})), "documents.jsonl", "line 1: the label is"),
+    "JSON lists as texts": (as_jsonl([(["a", "b"], "sport")]), "documents.jsonl", "line 1: 'text' holds .* no text"),
+    "lists and names as labels": (
+        as_jsonl([("a b", ["sport"]), ("c d", "sport")]),
+        "documents.jsonl",
+        "line 2: 'label' holds 's",
+    ),
+    "Parquet that is none": (GOOD, "documents.parquet", "cannot be read as Parquet"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(case, write):
+    content, name, said = REFUSED[case]
+    path = write(content, name)
+    with pytest.raises(BookError, match=said) as caught:
+        read(path, "text", "label")
+    assert "\n" not in str(caught.value) and str(path.parent) not in str(caught.value) and len(str(caught.value)) < 250
+    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
+
+
+def test_no_file_and_no_file_but_a_folder(write, tmp_path):
+    write(GOOD, "others.csv")
+    with pytest.raises(BookError, match="There is no file .*documents.csv. There is others.csv."):
+        read(tmp_path / "documents.csv", "text", "label")
+    with pytest.raises(BookError, match="is a folder. Give the file in it."):
+        read(tmp_path, "text", "label")
+    with pytest.raises(BookError, match="'text' is named twice"):
+        read(tmp_path / "others.csv", "text", "text")
+
+
+# what is odd: (content, file name, what the warning says, documents left)
+WARNED = {
+    "rows without text": (as_csv([*rows(), ("", "sport"), (" \t", "sport")]), "2 rows without text left out, first line 62", 60),
+    "rows without label": (
+        as_csv([*rows(), (text(70), ""), (text(71), "NaN")]),
+        "2 rows without label left out, first line 62",
+        60,
+    ),
+    "labels that differ in case": (as_csv([*rows(), (text(70), "Sport")]), "1 label .* 'sport' and 'Sport': taken as one", 61),
+    "labels that differ in spaces": (as_csv([*rows(), (text(70), " sport ")] + rows(0)), None, 61),
+    "numbers as labels": (as_csv(relabelled(lambda n, _: n % 3)), "Labels are numbers, such as '0'", 60),
+    "copies": (as_csv([*rows(), *rows(5)]), "5 of 65 documents are copies", 60),
+    "copies in other case": (as_csv([*rows(), (text(0).upper(), "sport")]), "1 of 61 documents are copies", 60),
+    "near copies": (as_csv([*rows(), (text(0) + "!", "sport")]), "1 document nearly the same as another one", 60),
+    "the same text with two labels": (as_csv([*rows(), (text(0), "business")]), "1 text with different labels: left out", 59),
+    "labels out of balance": (
+        as_csv([(text(n), "sport" if n % 30 else "business") for n in range(90)]),
+        "out of balance: 'sport' has 87 documents, 'business' 3",
+        90,
+    ),
+    "a label called none": (as_csv(relabelled(lambda n, old: old if n % 3 else "none")), "'none' is taken for a label", 60),
+    "ten megabytes in one cell": (
+        as_csv([*rows(), ("word " * 2_000_000, "sport")]),
+        "1 text longer than 1,000,000 characters",
+        61,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WARNED)
+def test_done_and_named(case, write):
+    content, said, n = WARNED[case]
+    data = read(write(content), "text", "label")
+    assert len(data.documents) == n
+    assert all("\n" not in line and len(line) < 200 for line in data.warnings)
+    assert len(data.warnings) == (said is not None)
+    if said:
+        assert pd.Series(data.warnings).str.contains(said).all(), data.warnings
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (GOOD, "documents.csv"),
+        (GOOD.replace("\n", "\r\n"), "documents.csv"),
+        ("\ufeff" + GOOD, "documents.CSV"),
+        (GOOD.encode("utf-16"), "documents.csv"),
+        (as_csv(rows(), "text;label", ";"), "documents.csv"),
+        (as_csv(rows(), "text\tlabel", "\t"), "documents.tsv"),
+        (as_csv([(*row, "x") for row in rows()], "text,label,more"), "documents.csv"),
+        (as_jsonl(rows()) + "\n\n", "documents.jsonl"),
+    ],
+    ids=["utf-8", "windows lines", "byte order mark", "utf-16", "semicolons", "tabs", "another column", "json lines"],
+)
+def test_the_same_documents_in_every_form(content, name, write):
+    data = read(write(content, name), "text", "label")
+    assert [(each.text, each.label) for each in data.documents] == rows() and data.warnings == ()
+    assert data.in_words == "Each document has one label: 'label' has 3 of them." and not data.multi_label
+    assert data.labels == dict.fromkeys(LABELS, 20)
+
+
+def test_parquet_and_text_over_several_lines(tmp_path, write):
+    frame = pd.DataFrame(rows(), columns=["text", "label"])
+    frame.to_parquet(tmp_path / "documents.parquet")
+    assert read(tmp_path / "documents.parquet", "text", "label").documents == read(write(GOOD), "text", "label").documents
+    several = read(write(GOOD.replace(" and ", "\nand ")), "text", "label")
+    assert several.documents == read(write(GOOD), "text", "label").documents
+    frame.assign(label=[1.0, np.nan, 2.0] * 20).to_parquet(tmp_path / "numbers.parquet")
+    numbers = read(tmp_path / "numbers.parquet", "text", "label")
+    assert numbers.labels == {"1": 20, "2": 20} and numbers.warnings[0] == "20 rows without label left out, first row 1."
+
+
+SEVERAL = [("sport",), ("business", "sport"), ("technology",), ("business", "technology"), ("business",)]
+
+
+def test_several_labels_are_found_out_in_every_form(write):
+    wanted = [SEVERAL[number % 5] for number in range(60)]
+    texts = [text(number) for number in range(60)]
+    joined = [
+        write(as_csv([(a, sign.join(b)) for a, b in zip(texts, wanted, strict=True)]), f"{n}.csv") for n, sign in enumerate(";|,")
+    ]
+    lists = write(as_jsonl([(a, list(b)) for a, b in zip(texts, wanted, strict=True)]), "lists.jsonl")
+    ones = [(a, *(str(int(label in b)) for label in LABELS)) for a, b in zip(texts, wanted, strict=True)]
+    columns = write(as_csv(ones, ",".join(("text", *LABELS))), "columns.csv")
+    for path, label in [*((path, "label") for path in joined), (lists, "label"), (columns, list(LABELS))]:
+        data = read(path, "text", label)
+        assert data.multi_label and data.in_words.startswith("A document can have several labels")
+        assert [each.label for each in data.documents] == wanted
+    single = read(joined[0], "text", "label", multi_label=False)
+    assert not single.multi_label and len(single.labels) == 5
+    wrong = write(as_csv([*ones, (text(60), "0", "x", "1")], ",".join(("text", *LABELS))), "wrong.csv")
+    with pytest.raises(
+        BookError, match="wrong.csv, line 62: label column 'business' holds 'x'. Write 1 where it applies, else 0"
+    ):
+        read(wrong, "text", list(LABELS))
+
+
+def test_a_comma_in_a_name_is_no_list(write):
+    data = read(write(as_csv(relabelled(lambda n, old: f"news, {old}" if n % 2 else f"{old} and more"))), "text", "label")
+    assert not data.multi_label
+
+
+def test_united_where_there_can_be_several_labels(write):
+    data = read(write(as_csv([*rows(), (text(0), "business")])), "text", "label", multi_label=True)
+    assert data.documents[0].label == ("business", "sport") and data.warnings[0].startswith("1 text with different labels: their")
+
+
+def test_groups_are_kept_and_rows_without_one_left_out(write):
+    lines = [(*row, "" if number == 3 else f"g{number % 4}") for number, row in enumerate(rows())]
+    data = read(write(as_csv(lines, "text,label,who")), "text", "label", group="who")
+    assert {each.group for each in data.documents} == {"g0", "g1", "g2", "g3"}
+    assert data.warnings == ("1 row without 'who' left out, first line 5.",)
+
+
+def test_cut_keeps_proportions_and_leaves_rare_labels_out(write):
+    lines = [(text(n), "sport" if n % 4 else "business") for n in range(200)] + [(text(300), "rare")]
+    data = read(write(as_csv(lines)), "text", "label")
+    small = own_data.cut(data, 40)
+    assert 28 <= small.labels["sport"] <= 31 and set(small.labels) == {"sport", "business"}
+    assert any("40 of 201 documents are used" in line for line in small.warnings)
+    assert any("1 label with fewer than 5 documents left out: 'rare' (" in line for line in small.warnings)
+    assert own_data.cut(data, 40).documents == small.documents != own_data.cut(data, 40, seed=1).documents
+    with pytest.raises(BookError, match="fewer than two labels have 5 documents among 6"):
+        own_data.cut(data, 6)
+
+
+def test_a_thousand_labels(write):
+    lines = [(f"{text(n)} about {n % 1000}", f"label {n % 1000}") for n in range(3000)]
+    data = read(write(as_csv(lines)), "text", "label")
+    assert len(data.labels) == 1000 and data.warnings == ()
+    with pytest.raises(BookError, match="fewer than two labels have 5 documents"):
+        own_data.cut(data, None)
+
+
+def test_report_counts(write, tiny_model):
+    from helpers import base_models
+
+    data = read(write(GOOD), "text", "label")
+    values = own_data.report(data, base_models.load_tokenizer(tiny_model), 8)["value"]
+    assert values["documents"] == "60" and values["labels"] == "3" and values["rarest label"].endswith(": 20")
+    assert values["longer than the 8 tokens that are read"] == "100% of the documents"
