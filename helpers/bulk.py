@@ -60,18 +60,17 @@ class Classifier:
     def _file(self, path: Path) -> int:
         """Written under another name and renamed when complete, so that a killed worker leaves a whole file or none."""
         source, part = pyarrow.parquet.ParquetFile(path), self.out / f".{path.name}.{os.getpid()}.part"
-        schema, first = source.schema_arrow, 0
         labels = pyarrow.list_(pyarrow.string()) if self.approach.multi_label else pyarrow.string()
-        for name, kind in zip(COLUMNS, (labels, pyarrow.list_(pyarrow.float32())), strict=True):
-            schema = schema.append(pyarrow.field(name, kind))
+        added = [pyarrow.field(*each) for each in zip(COLUMNS, (labels, pyarrow.list_(pyarrow.float32())), strict=True)]
+        schema, first = pyarrow.schema([*source.schema_arrow, *added], source.schema_arrow.metadata), 0
         with pyarrow.parquet.ParquetWriter(part, schema) as target:
             for rows in source.iter_batches(self.batch_size):
                 try:
-                    added = zip(schema.types[-2:], self._said(rows.column(self.text).to_pylist()), strict=True)
+                    said = self._said(rows.column(self.text).to_pylist())
                 except BookError as error:
                     raise BookError(f"{path.name}, from row {first} on: {error}") from error
-                columns = [*rows.columns, *(pyarrow.array(values, kind) for kind, values in added)]
-                target.write_batch(pyarrow.record_batch(columns, schema=schema))
+                new = [pyarrow.array(values, field.type) for field, values in zip(added, said, strict=True)]
+                target.write_batch(pyarrow.record_batch([*rows.columns, *new], schema=schema))
                 first += len(rows)
         part.replace(self.out / path.name)
         return first
@@ -155,8 +154,10 @@ def classify(
                 max_task_retries=RETRIES,
                 max_restarts=RETRIES * len(to_do),
             ).take_all()
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            reason = "The workers did not start." if isinstance(error, TimeoutError) else "A file's workers were killed."
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, ray.exceptions.GetTimeoutError) as error:
+            reason = "A file's workers were killed again and again, for want of memory perhaps: try fewer, or a small batch_size."
+            if isinstance(error, TimeoutError):
+                reason = f"The workers did not all start within {START} seconds: try fewer."
             raise BookError(f"{reason} What was classified until then is in {out}; run it again to go on.") from None
         finally:
             if begun:
@@ -223,4 +224,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from helpers import bulk  # under the name by which the workers find it
+
+    bulk.main()

@@ -3,13 +3,14 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
-import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import psutil
-import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
@@ -17,7 +18,7 @@ from helpers import bulk
 from helpers.embedding_head import EmbeddingHead
 from helpers.errors import BookError
 
-N_FILES, N_ROWS = 4, 40
+N_FILES, N_ROWS = 4, 1500
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,18 @@ def documents(tmp_path):
     return folder
 
 
-def read(folder):
-    return pd.concat([pd.read_parquet(path) for path in sorted(folder.glob("*.parquet"))], ignore_index=True)
+@pytest.fixture
+def in_time():
+    """A test that waits for Ray ends after three minutes, whatever Ray does."""
+
+    def end(number, frame):
+        raise TimeoutError("Ray did not end")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(180)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def expected(saved, rows):
@@ -53,10 +64,11 @@ def test_a_file_gets_the_approachs_labels_and_keeps_its_columns(saved, documents
     (tmp_path / "out").mkdir()
     classifier = bulk.Classifier(saved, tmp_path / "out", "text", batch_size=16, threads=1)
     done = classifier({"path": np.array([str(documents / "0.parquet")])})
-    assert done["documents"].tolist() == [N_ROWS]
+    assert done["documents"].tolist() == [N_ROWS] and done["refused"].tolist() == [""]
     got = pd.read_parquet(tmp_path / "out" / "0.parquet")
     assert got[["id", "text"]].equals(rows) and list(got.columns) == ["id", "text", "predicted", "probabilities"]
-    assert got["predicted"].isna().to_numpy().nonzero()[0].tolist() == [3, 7]
+    for column in bulk.COLUMNS:
+        assert got[column].isna().to_numpy().nonzero()[0].tolist() == [3, 7]
     probabilities, labels = expected(saved, rows.drop([3, 7]))
     assert np.allclose(np.stack(got["probabilities"].drop([3, 7])), probabilities, atol=1e-5)
     assert (got["predicted"].drop([3, 7]) == labels).all()
@@ -76,65 +88,94 @@ def test_several_labels_are_a_list(saved, tmp_path):
 
 
 @contextlib.contextmanager
-def killing(n):
-    """Kill the first `n` workers that are seen at work; gives their process numbers."""
-    killed, end = set(), time.monotonic() + 200
+def killing(out, n):
+    """Kill `n` workers, each in the middle of a file; gives their process numbers."""
+    killed, end = [], threading.Event()
 
     def look():
-        while len(killed) < n and time.monotonic() < end:
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if "MapWorker" in " ".join(process.cmdline()) and process.cpu_times().user > 1 and len(killed) < n:
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.add(process.pid)
-                except psutil.Error:
-                    continue
-            time.sleep(0.02)
+        while len(killed) < n and not end.wait(0.005):
+            for part in out.glob(".*.part"):
+                pid = int(part.suffixes[-2][1:])
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker = psutil.Process(pid)
+                    if pid in killed or psutil.Process() not in worker.parents():
+                        continue
+                    worker.suspend()  # so that it does not complete the file meanwhile
+                    if part.exists():
+                        worker.kill()  # SIGKILL
+                        killed.append(pid)
+                        break
+                    worker.resume()
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    yield killed
-    thread.join()
+    try:
+        yield killed
+    finally:
+        end.set()
+        thread.join()
 
 
-def test_a_killed_worker_loses_nothing_and_doubles_nothing(saved, documents, tmp_path, capsys):
-    out = tmp_path / "out"
-    with killing(1) as killed:
-        bulk.main([str(documents), "--with", str(saved), "--out", str(out), "--workers", "2"])
+def test_a_killed_worker_loses_nothing_and_doubles_nothing_and_a_refused_file_stops_no_other(saved, documents, tmp_path):
+    out, last = tmp_path / "out", documents / f"{N_FILES}.parquet"
+    out.mkdir()
+    (out / ".9.parquet.0.part").write_text("torn")  # by an earlier run
+    rows = pd.DataFrame({"id": range(8), "text": ["a robot " * (30000 if row == 5 else 1) for row in range(8)]})
+    rows.to_parquet(last, index=False)
+    command = [sys.executable, "-m", "helpers.bulk", documents, "--with", saved, "--out", out, "--workers", "2"]
+    with killing(out, 1) as killed:
+        root = Path(bulk.__file__).parent.parent
+        run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=180)
     assert len(killed) == 1
-    assert f"{N_FILES} files with {N_FILES * N_ROWS} documents" in capsys.readouterr().out
-    got = read(out)
+    assert run.returncode == 1 and run.stdout == ""
+    (line,) = run.stderr.splitlines()  # nothing of Ray's
+    assert line.startswith(f"{last.name}, from row 0 on: Text 5 has ") and line.endswith("run it again to go on.")
+    assert f"(1 of {N_FILES + 1} files)" in line
+    assert sorted(os.listdir(out)) == [f"{number}.parquet" for number in range(N_FILES)]
+    got = pd.concat([pd.read_parquet(out / f"{number}.parquet") for number in range(N_FILES)], ignore_index=True)
     assert got["id"].tolist() == list(range(N_FILES * N_ROWS))
     probabilities, labels = expected(saved, got)
     assert (got["predicted"] == labels).all() and np.allclose(np.stack(got["probabilities"]), probabilities, atol=1e-5)
 
-    # a run that was stopped goes on: what is there stays, and nothing is left of a torn file
-    before = (out / "0.parquet").stat().st_mtime_ns
-    (out / "3.parquet").unlink()
-    (out / ".3.parquet.999.part").write_text("torn")
-    rows = pd.read_parquet(documents / "3.parquet").assign(text="a robot " * 30000)
-    rows.to_parquet(documents / "3.parquet", index=False)
-    with pytest.raises(BookError, match="^3.parquet, from row 0 on: Text 0 has .* run it again to go on"):
-        bulk.classify(documents, saved, out, workers=1)
-    assert sorted(path.name for path in out.glob("*.parquet")) == ["0.parquet", "1.parquet", "2.parquet"]
-    assert (out / "0.parquet").stat().st_mtime_ns == before
-    assert not (out / ".3.parquet.999.part").exists()
 
-
-def test_a_file_that_kills_its_workers_is_given_up(saved, documents, tmp_path):
-    for number in range(1, N_FILES):
+def test_a_file_that_kills_all_its_workers_is_given_up_and_the_next_run_goes_on(
+    saved, documents, tmp_path, in_time, monkeypatch, capfd
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(bulk, "RETRIES", 0)
+    for number in range(2, N_FILES):
         (documents / f"{number}.parquet").unlink()
-    with killing(3) as killed, pytest.raises(BookError, match="A file's workers were killed.* run it again to go on"):
-        bulk.classify(documents, saved, tmp_path / "out", workers=1)
-    assert len(killed) == 3
+    out.mkdir()
+    (out / "1.parquet").write_text("done")
+    capfd.readouterr()
+    with killing(out, 1) as killed, pytest.raises(BookError, match="A file's workers .* run it again to go on"):
+        bulk.classify(documents, saved, out, workers=1, batch_size=8)
+    assert len(killed) == 1
+    assert os.listdir(out) == ["1.parquet"]
+    (done,) = bulk.classify(documents, saved, out)
+    assert done.pop("seconds") > 0 and done == {"path": "0.parquet", "documents": N_ROWS}
+    assert pd.read_parquet(out / "0.parquet")["id"].tolist() == list(range(N_ROWS))
+    assert (out / "1.parquet").read_text() == "done"
+    assert capfd.readouterr() == ("", "")
+    children = psutil.Process().children(recursive=True)
+    assert not [each for each in psutil.wait_procs(children, timeout=20)[1] if "ray" in " ".join(each.cmdline())]
 
 
-def test_nothing_to_do_needs_no_workers(saved, documents, tmp_path):
+def test_the_command_says_how_it_is_called(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        bulk.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("documents", "--with", "--out", "--text", "--workers"))
+
+
+def test_nothing_to_do_needs_no_workers(saved, documents, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     for path in documents.glob("*.parquet"):
         (out / path.name).write_text("done")
     assert bulk.classify(documents, saved, out) == []
+    bulk.main([str(documents), "--with", str(saved), "--out", str(out)])
+    assert capsys.readouterr().out == f"0 files with 0 documents in 0 seconds are in {out}\n"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +198,9 @@ def test_what_is_no_parquet_and_what_is_no_approach(saved, documents, tmp_path):
         bulk.main([str(tmp_path), "--with", str(saved), "--out", str(tmp_path / "out")])
     with pytest.raises(BookError, match="holds no saved approach"):
         bulk.classify(documents, tmp_path, tmp_path / "out")
+    with pytest.raises(BookError, match="workers is 0, but it has to be a whole number, 1 or more"):
+        bulk.classify(documents, saved, tmp_path / "out", workers=0)
     (documents / "junk.parquet").write_bytes(b"\x00" * 100)
     with pytest.raises(BookError, match=r"junk.parquet cannot be read as Parquet"):
         bulk.classify(documents, saved, tmp_path / "out")
-    assert pyarrow.parquet.read_schema(documents / "0.parquet").names == ["id", "text"]
+    assert not (tmp_path / "out").exists()
