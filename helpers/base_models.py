@@ -7,6 +7,7 @@
 """
 
 import copy
+import re
 import shutil
 import tempfile
 import zipfile
@@ -223,6 +224,59 @@ def on_meta(shape: str | PreTrainedConfig, n_labels: int | None = None) -> PreTr
             return AutoModelForCausalLM.from_config(config)
         config.num_labels, config.pad_token_id = n_labels, config.pad_token_id or 0
         return AutoModelForSequenceClassification.from_config(config)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What steers a model wherever it stands in a text: special tokens, and added ones that the chat template writes."""
+    template = str(tokenizer.chat_template or "")
+    added = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or (token.content in template and not token.content.isspace())
+    ]
+    return tuple(sorted({*added, *tokenizer.all_special_tokens} - {""}, key=lambda token: (-len(token), token)))
+
+
+def framed(texts: list[str], tokenizer: PreTrainedTokenizerBase, before: str = "", after: str = "") -> list[str]:
+    """Each document between `before` and `after`; a control token in it is broken by a space and read as text.
+
+    So is one that only arises where document and frame meet. The frame keeps its own, and a document without any is unchanged.
+
+    Raises:
+        BookError: as `check_control_tokens`.
+    """
+    tokens = control_tokens(tokenizer)
+    pattern = re.compile("|".join(re.escape(token) for token in tokens if token[1:]) or "(?!)")
+
+    def meet(left: str, right: str) -> bool:
+        return any(left.endswith(token[:n]) and right.startswith(token[n:]) for token in tokens for n in range(1, len(token)))
+
+    prompts = []
+    for text in texts:
+        while (broken := pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)) != text:
+            text = broken
+        text = " " * meet(before, text + after) + text
+        text += " " * meet(before + text, after)
+        prompts.append(before + text + after)
+    check_control_tokens(prompts, f"{before}x{after}", tokenizer)
+    return prompts
+
+
+def check_control_tokens(prompts: list[str], ordinary: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse prompts whose control tokens are not those of `ordinary`, the prompt of a document that has none.
+
+    A tokenizer may find a control token where its text does not stand, in letters of another width for instance.
+
+    Raises:
+        BookError: a prompt has others.
+    """
+    ids = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        ids.discard(tokenizer.unk_token_id)  # what an encoder makes of an emoji
+    expected, *found = ([token for token in each if token in ids] for each in tokenizer([ordinary, *prompts]).input_ids)
+    for row, tokens in enumerate(found):
+        if tokens != expected:
+            raise BookError(f"Text {row} has control tokens of the model that cannot be broken. Drop it, or take them out.")
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -172,7 +172,7 @@ class FrozenProbe:
         return self
 
     def _embed(self, documents: Dataset) -> np.ndarray | list[np.ndarray]:
-        texts = texts_of(documents, self.suffix)
+        texts = base_models.framed(texts_of(documents), self._tokenizer, after=self.suffix)
         if self.pooling != "attention":
             return embed(texts, self._model, self._tokenizer, self.pooling)
         states: list = [None] * len(texts)
@@ -217,6 +217,7 @@ class FineTunedEncoder:
             set_seed(self.seed)
             texts, gold = self._lesson(task)
             self._tokenizer = base_models.load_tokenizer(self.base_model)
+            texts = base_models.framed(texts, self._tokenizer)
             config = base_models.shape_of(self.base_model)
             base_models.check_n_layers(self.n_layers, config.num_hidden_layers)
             self._model = AutoModelForSequenceClassification.from_pretrained(
@@ -241,9 +242,10 @@ class FineTunedEncoder:
     @torch.inference_mode()
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
         """Softmax of the logits; multi-label, their sigmoid."""
+        texts = base_models.framed(list(documents["text"]), self._tokenizer)
         logits = np.empty((len(documents), len(self.labels)))
         with measure() as cost:
-            for rows, batch in base_models.batches(list(documents["text"]), self._tokenizer, batch_size):
+            for rows, batch in base_models.batches(texts, self._tokenizer, batch_size):
                 logits[rows] = self._model(**batch.to(self._model.device)).logits.float().cpu()
         probabilities = expit(logits) if self._multi_label else softmax(logits, axis=1)
         return _predictions(self, probabilities, documents, cost, self._model.num_parameters(only_trainable=True))

@@ -224,7 +224,7 @@ class EmbeddingHead(adapters.Adapted):
         with measure() as cost:
             set_seed(self.seed)
             model, self.tokenizer = self._load_base()
-            texts = texts_of(task.train, self.suffix)
+            texts = base_models.framed(texts_of(task.train), self.tokenizer, after=self.suffix)
             base_models.encode(texts, self.tokenizer)  # refuse what is too long before the training
             lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
             with computed_once(model, self.n_layers):
@@ -254,7 +254,7 @@ class EmbeddingHead(adapters.Adapted):
         Raises:
             BookError: a column is missing, or a text is empty or longer than the model takes.
         """
-        gold, texts = gold_of(documents), texts_of(documents, self.suffix)
+        gold, texts = gold_of(documents), base_models.framed(texts_of(documents), self.tokenizer, after=self.suffix)
         logits, tokens = torch.empty(len(texts), len(self.labels)), 0
         with measure() as cost:
             for rows, batch in base_models.batches(texts, self.tokenizer, batch_size):

@@ -162,18 +162,25 @@ class InstructionTuned(adapters.Adapted):
         return "" if self.chat else " "  # a chat template ends with a line break
 
     def _prompts(self, texts: list[str]) -> list[str]:
-        """The documents as the model reads them, up to their labels."""
+        """The documents as the model reads them, up to their labels.
+
+        Raises:
+            BookError: there is no chat template, or what `base_models.framed` refuses.
+        """
         listed = ", ".join(self._words())
         prefix, suffix = (each.replace("{labels}", listed) for each in (self.prefix, self.suffix))
-        prompts = [getattr(self, "_examples", "") + prefix + text + suffix for text in texts]
+        prefix = getattr(self, "_examples", "") + prefix
+        prompts = base_models.framed(texts, self.tokenizer, prefix, suffix)
         if not self.chat:
             return prompts
         if not self.tokenizer.chat_template:
             raise BookError(f"The tokenizer of {self.base_model} has no chat template. Use chat=False, or another base model.")
-        said = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        said = [[{"role": "user", "content": prompt}] for prompt in (f"{prefix}x{suffix}", *prompts)]
         prompts = self.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
         begins = self.tokenizer.bos_token if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
-        return [prompt.removeprefix(begins) for prompt in prompts]  # else it would begin twice
+        ordinary, *prompts = (prompt.removeprefix(begins) for prompt in prompts)  # else it would begin twice
+        base_models.check_control_tokens(prompts, ordinary, self.tokenizer)
+        return prompts
 
     def _shots(self, task: Task) -> str:
         """Training documents with their labels, as the model reads them before the document."""
@@ -183,8 +190,9 @@ class InstructionTuned(adapters.Adapted):
         rows = [row for label in range(len(self.labels)) for row in np.flatnonzero(gold == label)[: self.shots]]
         rows = np.random.default_rng(self.seed).permutation(rows)
         documents = task.train.select(rows)
-        pairs = zip(texts_of(documents, self.suffix), documents["label"], strict=True)
-        return "".join(f"{self.prefix}{text} {self._words()[label]}\n\n" for text, label in pairs)
+        prompts = base_models.framed(texts_of(documents), self.tokenizer, self.prefix, self.suffix)
+        pairs = zip(prompts, documents["label"], strict=True)
+        return "".join(f"{prompt} {self._words()[label]}\n\n" for prompt, label in pairs)
 
     def _train(self, task: Task, options: dict) -> None:
         profile = profiles.current(self.precision)

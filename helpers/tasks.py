@@ -216,7 +216,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
     def shorten(text: str) -> str:
         words = text.split(maxsplit=n)  # n tokens never reach beyond n words
         head = text[: len(text) - len(words[n])] if len(words) > n else text
-        encoded = tokenizer(head, add_special_tokens=False, return_offsets_mapping=True)
+        options = dict(add_special_tokens=False, split_special_tokens=True)  # control tokens are text (`base_models.framed`)
+        encoded = tokenizer(head, return_offsets_mapping=True, **options)
         offsets = encoded["offset_mapping"]
         if len(offsets) <= n:
             return head.rstrip()
@@ -228,8 +229,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
     return shorten
 
 
-def texts_of(documents: Dataset, suffix: str = "") -> list[str]:
-    """The texts of a split or of any other data set with the column `text`, each with `suffix` behind it.
+def texts_of(documents: Dataset) -> list[str]:
+    """The texts of a split or of any other data set with the column `text`.
 
     Raises:
         BookError: there is no such column, or a text is empty or no string.
@@ -239,7 +240,7 @@ def texts_of(documents: Dataset, suffix: str = "") -> list[str]:
     for row, text in enumerate(documents["text"]):
         if not isinstance(text, str) or not text.strip():
             raise BookError(f"Row {row}: the text is {text!r}. Drop the row or give it a text.")
-    return [text + suffix for text in documents["text"]]
+    return list(documents["text"])
 
 
 def gold_of(documents: Dataset) -> list:

@@ -6,6 +6,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import save_tiny
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
@@ -162,17 +163,13 @@ def test_chat_is_the_tokenizers_template_with_nothing_before_the_label(tiny_mode
 def test_a_template_that_begins_the_sequence_does_not_begin_it_twice(tiny_model, tiny_task):
     tuned, _ = prompts_of(tiny_model, tiny_task, chat=True)
 
-    class Llama3:
-        bos_token, bos_token_id, chat_template = "<B>", 1, "…"
-
-        def __call__(self, text):
-            return type("", (), {"input_ids": [1, 7]})
-
-        def apply_chat_template(self, said, **_):
-            return ["<B>" + each[0]["content"] for each in said]
-
-    tuned.tokenizer = Llama3()
-    assert tuned._prompts(["x"])[0].startswith("x")
+    tuned.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tuned.tokenizer.bos_token_id)]
+    )
+    tuned.tokenizer.chat_template = "{{ bos_token }}{{ messages[0].content }}"  # as Llama 3 has it
+    (prompt,) = tuned._prompts(["x"])
+    assert prompt.startswith("x")
+    assert tuned.tokenizer(prompt).input_ids.count(tuned.tokenizer.bos_token_id) == 1
 
 
 def test_shots_stand_before_the_document_and_need_no_training(tiny_model, tiny_task):
