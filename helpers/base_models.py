@@ -106,8 +106,8 @@ def fetch(name: str = DEFAULT) -> str:
 def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of base model `name`, with a padding token that is not the end-of-sequence token, and the model's length.
 
-    When both are the same token, a classification head never pools a final end of sequence, and an instruction-tuned
-    model never learns to stop (chapters 04 and 05).
+    When both are the same token, a classification head never pools a final end of sequence (chapter 04), and under a collator
+    that masks by token, such as `DataCollatorForLanguageModeling`, a model never learns to stop (chapter 05).
 
     Raises:
         BookError: no spare token is found; name one with `pad_token`.
