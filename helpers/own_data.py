@@ -53,8 +53,12 @@ class Labelled:
     @property
     def labels(self) -> Counter:
         """How many documents have each label, the most frequent first."""
-        each = (document.label if self.multi_label else (document.label,) for document in self.documents)
-        return Counter(dict(Counter(label for labels in each for label in labels).most_common()))
+        return Counter(dict(Counter(label for each in self.documents for label in labels_of(each)).most_common()))
+
+
+def labels_of(document: Document) -> tuple[str, ...]:
+    """A document's labels, also where it can have only one."""
+    return document.label if isinstance(document.label, tuple) else (document.label,)
 
 
 def read(
@@ -161,6 +165,8 @@ def report(data: Labelled, tokenizer: PreTrainedTokenizerBase, n_tokens: int) ->
         "tokens a document": f"median {np.median(lengths):,.0f}",
         f"longer than the {n_tokens} tokens that are read": f"{(lengths > n_tokens).mean():.0%} of the documents",
     }
+    named = [any(normalised(one) in normalised(each.text) for one in labels_of(each)) for each in data.documents]
+    rows["with the name of their label in them"] = f"{np.mean(named):.0%} of the documents"
     if data.multi_label:
         rows["labels a document"] = f"{np.mean([len(each.label) for each in data.documents]):.1f} on average"
     if data.documents[0].group:
@@ -364,7 +370,7 @@ def _separator(cells: list[str], multi_label: bool | None) -> str | None:
 
 
 def _one_spelling(documents: list[Document], multi_label: bool, warnings: list[str]) -> list[Document]:
-    counts = Counter(one for each in documents for one in (each.label if multi_label else (each.label,)))
+    counts = Counter(one for each in documents for one in labels_of(each))
     spellings: dict[str, list[str]] = {}
     for name, _ in counts.most_common():
         spellings.setdefault(normalised(name), []).append(name)

@@ -250,3 +250,7 @@ def test_report_counts(write, tiny_model):
     values = own_data.report(data, base_models.load_tokenizer(tiny_model), 8)["value"]
     assert values["documents"] == "60" and values["labels"] == "3" and values["rarest label"].endswith(": 20")
     assert values["longer than the 8 tokens that are read"] == "100% of the documents"
+    assert values["with the name of their label in them"] == "0% of the documents"
+    told = read(write(as_csv([(f"{content} {label.upper()}", label) for content, label in rows()])), "text", "label")
+    told = own_data.report(told, base_models.load_tokenizer(tiny_model), 8)["value"]
+    assert told["with the name of their label in them"] == "100% of the documents"
