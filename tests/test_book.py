@@ -1,6 +1,7 @@
 """The book itself: chapter template, Colab cells, pins, configuration, and that the site builds."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -166,7 +167,8 @@ def test_style():
 
 def build(folder, out, *options):
     command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(folder), "--path-output", str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    extensions = {"PYTHONPATH": str(ROOT / "book" / "_ext")}  # for a _config.yml that lies elsewhere
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | extensions)
 
 
 def test_site_builds_from_stored_outputs_without_a_warning(tmp_path):

@@ -1,0 +1,311 @@
+"""Copying works: a chapter's recipe cells, alone in an empty folder, make a classifier of a CSV file the book has never seen."""
+
+import ast
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from conftest import BOOK
+from test_book import ROOT, build
+
+from helpers import base_models
+
+TAG, USE = "recipe", "recipe-use"
+CHAPTERS = {
+    path.stem: cells
+    for path in sorted(BOOK.glob("*.ipynb"))
+    if (cells := [cell for cell in nbformat.read(path, 4).cells if TAG in cell.metadata.get("tags", [])])
+}
+SINGLE = ("01_task_and_baselines", "04_embedding_head", "05_instruction_tuning")
+MULTI = ("07_multi_label",)
+
+every_recipe = pytest.mark.parametrize("chapter", CHAPTERS)
+
+# Letters to a bicycle shop. Two labels have their first word in common, one looks like a missing value; texts have quotes,
+# commas, line breaks, letters that are not ASCII and what steers a model.
+WORDS = {
+    "bicycle repair": ("a flat tyre", "a broken chain", "a puncture", "squeaking brakes", "a bent wheel", "a worn brake"),
+    "bicycle sale": ("the price", "a discount", "buying a new one", "a cheap offer", "what it costs", "paying in cash"),
+    "None": ("good wishes", "the weather", "a happy birthday", "a holiday greeting", "thanks to all", "warm regards"),
+}
+LETTERS = (
+    'Zoë writes: "{0}, always {0}", please look',
+    "Łukasz asks about {0};\nhe comes on Tuesday",
+    "For Ms Nuñez: {0}, and once more {0} (№ 7) <|im_end|>",
+    "李 wrote of {0} — {0}",
+)
+NEW = "Jürgen's letter: a flat tyre, a puncture in the “inner tube”"
+COLUMNS = ("Nachricht", "Sorte")
+
+
+def letters(labels=tuple(WORDS)):
+    """(text, label), all different."""
+    return [(letter.format(word), label) for label in labels for word in WORDS[label] for letter in LETTERS[: 1 + len(word) % 3]]
+
+
+def foreign(single, labels=tuple(WORDS)):
+    """Rows of the CSV file: letters, a long one, one twice, one empty; where there may be several labels, also two and none."""
+    rows = letters(labels)
+    rows.append(("A long one about a flat tyre. " + "It goes on. " * 100, labels[0]))
+    if not single:
+        pairs = [("bicycle repair", "bicycle sale"), ("bicycle repair", "None"), ("None", "bicycle sale")]
+        both = [f"{WORDS[one][n]} and {WORDS[other][n]}" for one, other in pairs for n in range(6)]
+        rows += [(text, f"{pairs[n // 6][0]}; {pairs[n // 6][1]}") for n, text in enumerate(both)]
+        rows.append(("nothing that anybody could file", ""))
+    return [*rows, rows[0], ("  ", labels[0])]
+
+
+def write_csv(path, rows):
+    """The columns in another order and beside a third one."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("№", COLUMNS[1], COLUMNS[0]))
+        writer.writerows((number, label, text) for number, (text, label) in enumerate(rows))
+
+
+def code_of(cells):
+    return "\n\n\n".join(cell.source for cell in cells)
+
+
+def values_replaced(code, **values):
+    """The code with other values in the assignments of these names, and nothing else touched."""
+    lines = code.splitlines()
+    for statement in reversed(ast.parse(code).body):
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            name = statement.targets[0].id
+            if name in values:
+                lines[statement.lineno - 1 : statement.end_lineno] = [f"{name} = {values.pop(name)!r}"]
+    assert not values, "no such parameters"
+    return "\n".join(lines) + "\n"
+
+
+WITHOUT_BOOK = """
+import importlib.util
+assert importlib.util.find_spec("helpers") is None, "the book is on the path"
+"""
+# PEFT 0.21 still calls transformers' checkpointing by its old names; a recipe does not.
+OTHERS = ("`is_gradient_checkpointing` is deprecated", "`gradient_checkpointing_enable` is deprecated")
+
+
+def run(folder, name, code, base_model):
+    """What a script prints that runs in `folder`, alone: no path but the installed packages', no network."""
+    (folder / name).write_text(WITHOUT_BOOK + code, encoding="utf-8")
+    warnings = ["error::FutureWarning", *(f"ignore:{message}:FutureWarning" for message in OTHERS)]
+    options = [part for each in warnings for part in ("-W", each)]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    environment |= {"BASE_MODEL": str(base_model), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(
+        [sys.executable, "-I", "-X", "utf8", *options, name], cwd=folder, env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not re.findall(rf"{re.escape(name)}:\d+: \w*Warning.*", result.stderr)
+    return result.stdout.strip().splitlines()
+
+
+def trained_and_used(chapter, folder, base_model, rows, **parameters):
+    """Runs a recipe, then only its cells for use without the CSV file; gives both outputs, as lines."""
+    cells = CHAPTERS[chapter]
+    write_csv(folder / "post.csv", rows)
+    out = "classifier.joblib" if chapter.startswith("01") else "sorted letters"
+    given = {"TEXT": COLUMNS[0], "LABEL": COLUMNS[1], "OUT": out, "NEW_TEXT": NEW, **parameters}
+    first = run(folder, "recipe.py", values_replaced(code_of(cells), DATA="post.csv", **given), base_model)
+    (folder / "post.csv").unlink()
+    (folder / "recipe.py").unlink()
+    use = [cell for cell in cells if USE in cell.metadata.tags]
+    return first, run(folder, "use.py", values_replaced(code_of(use), OUT=out, NEW_TEXT=NEW), base_model)
+
+
+def scores(lines, row):
+    """Precision, recall and F1 of a row of the report."""
+    [found] = [line.split() for line in lines if line.strip().startswith(row)]
+    return [float(value) for value in found[-4:-1]]
+
+
+def parameters_of(chapter):
+    if chapter.startswith("01"):
+        return {}
+    few_steps = {"LEARNING_RATE": 1e-3} if chapter.startswith("05") else {}
+    return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", **few_steps}
+
+
+def test_which_chapters_have_a_recipe():
+    assert set(CHAPTERS) == {*SINGLE, *MULTI}
+
+
+@every_recipe
+def test_recipe_is_short_plain_and_needs_no_helpers(chapter):
+    cells = CHAPTERS[chapter]
+    assert 3 <= len(cells) <= 7
+    code = code_of(cells)
+    assert "helpers" not in code
+    assert ast.parse(code).body  # without IPython's magic
+    assert max(map(len, code.splitlines())) <= 80
+    names = [statement.targets[0].id for statement in ast.parse(cells[0].source).body if isinstance(statement, ast.Assign)]
+    assert {"DATA", "TEXT", "LABEL", "OUT", "NEW_TEXT"} <= set(names)
+    imports = [line for cell in cells[1:] for line in cell.source.splitlines() if re.match(r"(from|import) ", line)]
+    assert imports == []
+
+
+@every_recipe
+def test_recipe_is_used_by_some_of_its_cells(chapter):
+    """First the parameters, last a cell that loads; all of the cells stand together."""
+    cells = nbformat.read(BOOK / f"{chapter}.ipynb", 4).cells
+    places = [place for place, cell in enumerate(cells) if TAG in cell.metadata.get("tags", [])]
+    assert places == list(range(places[0], places[-1] + 1))
+    use = [cell for cell in cells if USE in cell.metadata.get("tags", [])]
+    assert len(use) >= 2 and use[0] == cells[places[0]]
+    assert all(TAG in cell.metadata.tags for cell in use)
+    assert "OUT" in use[-1].source and "DATA" not in code_of(use[1:])
+
+
+@pytest.mark.parametrize("chapter", SINGLE)
+def test_recipe_makes_a_classifier_of_other_documents(chapter, tmp_path):
+    rows = foreign(single=True)
+    first, again = trained_and_used(chapter, tmp_path, base_models.fetch(), rows, **parameters_of(chapter))
+    assert first[0] == f"{len(rows) - 2} of {len(rows)} rows, the others empty or duplicates"
+    assert first[-2] == again[-1]
+    assert again[-1].startswith("bicycle repair")
+    assert first[-1].endswith(("the same answers", "the same logits", "the same scores"))
+    assert scores(first, "macro avg")[2] > 0.5  # by chance it is a third or less
+    assert {line.strip().rsplit(maxsplit=4)[0] for line in first if re.search(r"( +\d\.\d\d){3} +\d+$", line)} >= set(WORDS)
+
+
+@pytest.mark.parametrize("chapter", MULTI)
+def test_recipe_for_several_labels_makes_a_classifier_of_other_documents(chapter, tmp_path):
+    rows = foreign(single=False)
+    first, again = trained_and_used(chapter, tmp_path, base_models.fetch(), rows, **parameters_of(chapter))
+    assert first[0] == f"{len(rows) - 2} of {len(rows)} rows, the others empty or duplicates"
+    assert first[-2] == again[-1]
+    assert "bicycle repair" in again[-1].split("; ")
+    assert first[-1].endswith("the same probabilities")
+    assert scores(first, "micro avg")[2] > 0.5
+    settings = json.loads((tmp_path / "sorted letters" / "settings.json").read_text())
+    assert settings["labels"] == sorted(WORDS)
+    assert 0 < settings["threshold"] < 1
+
+
+@pytest.mark.parametrize("chapter", [each for each in CHAPTERS if not each.startswith("01")])
+def test_recipe_takes_two_labels_and_a_tokenizer_that_pads_with_the_end(chapter, tmp_path, tiny_model):
+    """As many hubs' tokenizers do; a model of two layers with random weights has fewer layers than LoRA asks for."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(base)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    rows = letters(("bicycle repair", "bicycle sale"))
+    first, again = trained_and_used(chapter, folder, base, rows, **(parameters_of(chapter) | {"EPOCHS": 1}))
+    assert first[0].startswith(f"{len(rows)} of {len(rows)} rows")
+    assert first[-2] == again[-1]
+    saved = AutoTokenizer.from_pretrained(folder / "sorted letters")
+    assert saved.pad_token not in (None, saved.eos_token)
+    with safe_open(folder / "sorted letters" / "adapter_model.safetensors", "pt") as file:
+        heads = [name for name in file.keys() if "score" in name]  # noqa: SIM118
+        assert all(
+            file.get_tensor(name).shape == (2, 32) and str(file.get_tensor(name).dtype) == "torch.float32" for name in heads
+        )
+    assert len(heads) == (0 if chapter.startswith("05") else 1)
+
+
+def functions_of(chapter, tiny_model, labels=("Tech", "Tech support", "Café & “Bar”")):
+    """What the first two cells define, over a tiny model: it is in `model`, its tokenizer in `tokenizer`."""
+    from transformers import AutoTokenizer
+
+    names = {}
+    for cell in CHAPTERS[chapter][:2]:
+        exec(cell.source, names)
+    names["settings"] = {"base_model": tiny_model, "suffix": "\n\nIt is about", "max_tokens": 5, "labels": list(labels)}
+    names["tokenizer"] = AutoTokenizer.from_pretrained(tiny_model)
+    names["GPU"], names["DTYPE"] = False, names["torch"].float32
+    names["model"] = names["load_model"]()
+    return names
+
+
+@pytest.mark.parametrize("chapter", [each for each in CHAPTERS if not each.startswith("01")])
+def test_recipe_cuts_the_text_only_and_reads_control_tokens_as_text(chapter, tiny_model):
+    names = functions_of(chapter, tiny_model)
+    shorten, tokenizer = names["shorten"], names["tokenizer"]
+    assert shorten("one two three four five six seven") == "one two three four five"
+    assert shorten("") == ""
+    for text in ("one", "Zoë"):
+        assert shorten(text) == text
+    steering = set(tokenizer.all_special_ids)
+    assert steering & set(tokenizer("a<|im_end|>b").input_ids)
+    assert not steering & set(tokenizer(shorten("a<|im_end|>b<|endoftext|>")).input_ids)
+
+
+def test_recipe_scores_each_label_as_one_pass_for_each_does(tiny_model):
+    import torch
+
+    names = functions_of("05_instruction_tuning", tiny_model)
+    model, tokenizer = names["model"], names["tokenizer"]
+    start = "The server is down" + names["settings"]["suffix"]
+    n = len(tokenizer(start).input_ids)
+    expected = []
+    for label in names["settings"]["labels"]:
+        ids = torch.tensor([*tokenizer(f"{start} {label}").input_ids, tokenizer.eos_token_id])
+        with torch.inference_mode():
+            steps = model(ids[None]).logits[0].log_softmax(-1)[n - 1 : -1]
+        expected.append(steps[range(len(steps)), ids[n:]].sum())
+    scores = names["score_labels"]("The server is down", model)
+    torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("chapter", ["04_embedding_head", "07_multi_label"])
+def test_recipe_gives_a_text_the_same_answer_alone_and_in_a_batch(chapter, tiny_model):
+    import torch
+
+    names = functions_of(chapter, tiny_model)
+    answer = names["logits_of" if chapter.startswith("04") else "probabilities_of"]
+    texts = ["short", "one that is a good deal longer than the other one"]
+    together = torch.as_tensor(answer(texts, names["model"]))
+    alone = torch.cat([torch.as_tensor(answer([text], names["model"])) for text in texts])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+    assert names["model"].config.id2label == dict(enumerate(names["settings"]["labels"]))
+    assert str(names["model"].score.weight.dtype) == "torch.float32"
+
+
+def test_values_are_replaced_and_nothing_else():
+    code = 'DATA = "a.csv"  # one\nTEXT = join(\n    "b"\n)\nprint(DATA, TEXT)\n'
+    assert values_replaced(code, DATA="ü.csv", TEXT="t") == "DATA = 'ü.csv'\nTEXT = 't'\nprint(DATA, TEXT)\n"
+    with pytest.raises(AssertionError, match="no such parameters"):
+        values_replaced(code, LABEL="l")
+
+
+def test_site_has_one_block_to_copy_for_each_recipe(tmp_path):
+    """Pages of the chapters with a recipe and of one without."""
+    (tmp_path / "book").mkdir()
+    pages = [*CHAPTERS, "02_quantization"]
+    for name in pages:
+        (tmp_path / "book" / f"{name}.ipynb").symlink_to(BOOK / f"{name}.ipynb")
+    (tmp_path / "book" / "_static").symlink_to(BOOK / "_static")
+    toc = [f"format: jb-book\nroot: book/{pages[0]}\nchapters:", *(f"  - file: book/{name}" for name in pages[1:])]
+    (tmp_path / "_toc.yml").write_text("\n".join(toc))
+    config = (ROOT / "_config.yml").read_text()
+    assert "execute_notebooks: force" in config
+    (tmp_path / "_config.yml").write_text(config.replace("execute_notebooks: force", "execute_notebooks: 'off'"))
+    result = build(tmp_path, tmp_path / "out")
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name in pages:
+        html = (tmp_path / "out" / "_build" / "html" / "book" / f"{name}.html").read_text()
+        blocks = BeautifulSoup(html, "html.parser").select("div.admonition.recipe")
+        if name not in CHAPTERS:
+            assert blocks == []
+            continue
+        [block] = blocks
+        assert "dropdown" in block["class"]
+        assert block.select_one(".admonition-title").get_text() == "Copy this recipe"
+        [code] = block.select("div.highlight pre")
+        assert code.get_text() == code_of(CHAPTERS[name]) + "\n"
+        assert block.find_next("div", class_="cell").find("pre").get_text().strip() == CHAPTERS[name][0].source.strip()
