@@ -2,8 +2,10 @@
 
 import copy
 import random
+import re
 
 import pytest
+from conftest import glued_in, stored_table
 from datasets import Dataset
 from tokenizers import AddedToken, normalizers
 from transformers import LlamaModel
@@ -225,3 +227,32 @@ def test_a_document_is_cut_by_what_will_be_read_of_it(n):
     assert n <= len(TOKENIZER(framed([shorten(text)], TOKENIZER)[0]).input_ids) <= 1.5 * n
     ids = TOKENIZER(ORDINARY[0] * 20).input_ids
     assert TOKENIZER(shorten(ORDINARY[0] * 20)).input_ids == ids[:n]
+
+
+# The chapter
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return glued_in("hostile_documents")
+
+
+def test_the_chapter_counts_every_attack_before_and_after(stored):
+    table = stored_table(stored["attacks"])
+    columns = [f"{name}, {when}" for name in ("head", "instruction") for when in ("before", "after")]
+    assert [column for row, column in table if row == "order"] == columns
+    assert {row for row, _ in table} >= {"order", "label words", "forged answer", "control tokens", "invisible", "repeats"}
+    for text in table.values():
+        rate, low, high = map(int, re.findall(r"\d+", text))
+        assert 0 <= low <= rate <= high <= 100
+
+
+def test_the_chapters_verdict_is_that_of_its_numbers(stored):
+    text = " ".join(stored["hostile_reading"]["text/markdown"].split())
+    head, instruction = (float(re.search(rf"{name} ([\d.]+) %", text)[1]) for name in ("head", "instruction"))
+    found = re.search(r"against head: ([+-][\d.]+) points \[([+-][\d.]+), ([+-][\d.]+)\]", text)
+    difference, low, high = map(float, found.groups())
+    assert difference == pytest.approx(instruction - head, abs=0.11)
+    assert low <= difference <= high
+    assert ("the goal is met" in text) == (difference >= -2)
+    assert ("leaves no room for more" in text) == (low >= -2)
