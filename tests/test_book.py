@@ -1,8 +1,10 @@
 """The book itself: chapter template, Colab cells, pins, configuration, and that the site builds."""
 
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -86,6 +89,30 @@ def test_outputs_are_clean(path):
     for text in output_texts(read(path)):
         for unwanted in ("Warning", "WARNING", "it/s]", "s/it]", "Traceback", "/tmp/", "/work/", "/home/", "/root/", "100%|"):
             assert unwanted not in text, (unwanted, text[:200])
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readmes_figure_shows_the_records():
+    drawn = script("readme_figure")
+    table = drawn.scores()
+    assert Image.open(drawn.PICTURE).info["Description"] == drawn.fingerprint(table)
+    counts = table.groupby(["task", "approach"]).size()
+    assert all(counts[task, approach] == 3 for task in drawn.TASKS for approach in (drawn.HEAD, drawn.INSTRUCTION))
+
+
+def test_on_what_and_when_every_chapter_was_executed():
+    execute = script("execute")
+    for path in CHAPTERS:
+        made = read(path).metadata["executed"]
+        pins = (ROOT / "requirements.txt").read_text().splitlines()
+        assert [f"{name}=={of}" for name, of in made["versions"].items() if f"{name}=={of.split('+')[0]}" not in pins] == [], path
+    assert execute.machine_table() in (ROOT / "book" / "machine.md").read_text()
 
 
 @every_chapter
@@ -192,6 +219,8 @@ def test_packages_installed_inside_the_checkout_are_no_pages(tmp_path):
     (tmp_path / "page.md").write_text("# Page\n")
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: page\n")
     (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    for folder in ("_static", "_ext"):
+        shutil.copytree(ROOT / "book" / folder, tmp_path / "book" / folder)
     result = build(tmp_path, tmp_path / "out", "-W")
     assert result.returncode == 0, result.stderr[-2000:]
 
