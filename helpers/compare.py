@@ -133,11 +133,14 @@ def run(data: Labelled, keys: list[dict], out: str | Path, progress: bool = True
     """
     out = Path(out).expanduser()
     path, note = out / "records.jsonl", out / "compared.json"
-    described = {"file": data.name, "task": keys[0]["task"]}
+    described = {"task": keys[0]["task"], "options": keys[0]["options"]}
+    described |= {"settings": [key["settings"] for key in keys if not key["seed"]]}
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not note.exists())):
         raise BookError(f"{out} exists and holds something else. Give a new folder; nothing was overwritten.")
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != described:
-        raise BookError(f"{out} holds the comparison of other documents. Give a new folder; nothing was overwritten.")
+        raise BookError(
+            f"{out} holds a comparison of other documents or with other settings. Give a new folder; nothing was overwritten."
+        )
     out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -145,7 +148,7 @@ def run(data: Labelled, keys: list[dict], out: str | Path, progress: bool = True
         folder = TRAINED.get(key["settings"]["name"])
         if folder is None or key["seed"]:
             return None
-        shutil.rmtree(out / folder, ignore_errors=True)  # of a run that was stopped before it was recorded, or other settings
+        shutil.rmtree(out / folder, ignore_errors=True)  # of a run that was stopped before it was recorded
         return out / folder
 
     done = [record["key"] for record in runs.read(path)]
@@ -362,11 +365,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"documents at most {most[name]}")
     parser.add_argument("--epochs", type=int, help="of both approaches (default: the book's)")
     given = parser.parse_args(arguments)
-    out = given.out or given.file.with_name(f"{given.file.stem}-compared")
+    file = given.file.expanduser()
+    out = (given.out or file.parent / f"{file.stem}-compared").expanduser()
     label = given.label if len(given.label) > 1 else given.label[0]
     try:
         profiles.start()
-        data = own_data.read(given.file, given.text, label, group=given.group, multi_label=given.multi_label)
+        data = own_data.read(file, given.text, label, group=given.group, multi_label=given.multi_label)
         print(data.in_words)
         options = ("base_model", "seeds", "tokens", "n_train", "n_validation", "n_test", "epochs")
         of = given.of or (given.label[0] if len(given.label) == 1 else "topic")
@@ -383,6 +387,8 @@ def main(arguments: list[str] | None = None) -> None:
     (out / "report.md").write_text(page, encoding="utf-8")
     evaluation.table(results(records).values()).to_csv(out / "table.csv")
     print(page.partition("## Side by side")[2].strip(), f"\nAll of it is in {out}.")
+    if verdict(records)[0] not in TRAINED:
+        print("A baseline is not saved: train it with its class in helpers.baselines.")
 
 
 if __name__ == "__main__":

@@ -256,24 +256,26 @@ def _from_csv(path: Path, columns: list[str], lines: list[str], separator: str) 
     csv.field_size_limit(10**9)
     delimiters = dict.fromkeys((separator, ";", "\t", "|", ","))
     headers = {each: next(csv.reader(lines[:1], delimiter=each), []) for each in delimiters}
-    delimiter = next((each for each, header in headers.items() if set(columns) <= set(header)), separator)
+    delimiter = max(headers, key=lambda each: len(set(columns) & set(headers[each])))  # of equals the file's own
     header = headers[delimiter]
     _need(path, columns, header)
-    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
+    reader, begins = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True), 1
     try:
         for number, cells in enumerate(reader):
+            here, begins = begins, reader.line_num + 1
             if not number or not cells:
                 continue
             if len(cells) != len(header):
                 hint = "Quote the texts that hold one" if len(cells) > len(header) else "Fill it up"
                 what = {"\t": "tab"}.get(delimiter, delimiter)
                 raise BookError(
-                    f"{path.name}, line {reader.line_num}: {len(cells)} fields between {what!r} where the header has "
-                    f"{len(header)}. {hint}."
+                    f"{path.name}, line {here}: {len(cells)} fields between {what!r} where the header has {len(header)}. {hint}."
                 )
-            yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
+            yield f"line {here}", dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise BookError(f"{path.name}, line {reader.line_num}: not readable as CSV ({error}). Check the quotes.") from error
+        raise BookError(
+            f"{path.name}: the row that begins in line {begins} is not readable as CSV ({error}). Check its quotes."
+        ) from error
 
 
 def _text_of(path: Path, column: str, row: dict, where: str) -> str:

@@ -77,6 +77,8 @@ def test_one_command_from_the_file_to_the_verdict_and_again(file, tiny_model, wi
 
     # a second call makes nothing anew
     before = (out / "records.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="with other settings. Give a new folder; nothing was overwritten"):
+        command(file, out, tiny_model, "--label", "label", "--tokens", "32")
     command(file, out, tiny_model, "--label", "label")
     assert (out / "records.jsonl").read_bytes() == before
 
@@ -133,7 +135,7 @@ def test_nothing_is_overwritten(file, tiny_model, tmp_path):
 
     (out / "thesis.txt").rename(out / "compared.json")
     (out / "compared.json").write_text('{"file": "others.csv", "task": "others.csv 1234"}')
-    with pytest.raises(SystemExit, match="holds the comparison of other documents"):
+    with pytest.raises(SystemExit, match="holds a comparison of other documents or"):
         command(file, out, tiny_model, "--label", "label")
     assert os.listdir(out) == ["compared.json"]
 
