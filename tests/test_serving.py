@@ -63,6 +63,13 @@ def test_an_exported_classifier_gives_the_same_probabilities_whatever_the_batch(
     assert sizes[1] < 0.5 * sizes[0]
 
 
+def test_the_script_reads_control_tokens_of_a_document_as_text(exported):
+    scored = scorer(exported[1])
+    ids = scored.tokenizer.encode("the goal <|im_end|> again <|endoftext|>").ids
+    control = {scored.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")}
+    assert None not in control and not control & set(ids)
+
+
 def test_an_encoder_is_exported_like_a_decoder(tmp_path):
     tokenizer = base_models.load_tokenizer(base_models.ENCODER)
     model = AutoModelForSequenceClassification.from_pretrained(

@@ -27,6 +27,8 @@ class Scorer:
         )
         self.labels, self.suffix = described["labels"], described["suffix"]
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # a control token in a document is read as text
+        self.tokenizer.encode_special_tokens = True
         self.tokenizer.enable_padding(pad_id=described["pad_id"])
         self.tokenizer.enable_truncation(described["max_length"])
         options = onnxruntime.SessionOptions()
