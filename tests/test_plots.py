@@ -1,4 +1,5 @@
 import base64
+import io
 import re
 
 import matplotlib
@@ -12,8 +13,9 @@ import pytest
 import seaborn as sns
 from IPython.display import Markdown
 from matplotlib.colors import same_color
+from PIL import Image
 
-from helpers.plots import dot_plot, keep, with_alt_text
+from helpers.plots import PALETTE, dot_plot, keep, set_style, with_alt_text
 
 RESULTS = pd.DataFrame(
     {
@@ -78,6 +80,19 @@ def test_alt_text_is_escaped_and_in_the_image():
     data = re.search(r'src="data:image/png;base64,([^"]+)"', html).group(1)
     assert base64.b64decode(data).startswith(b"\x89PNG")
     assert not plt.fignum_exists(figure.number)
+
+
+def test_a_colour_that_is_rare_is_kept():
+    set_style()
+    colors = sns.color_palette(PALETTE)[:8]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for place, color in enumerate(colors):
+        axes.plot(place, place, "s", color=color, markerfacecolor="white", markeredgewidth=2)
+        axes.annotate("many shades of grey", (place, place))
+    data = re.search(r"base64,([^\"]+)", with_alt_text(figure, "Eight squares.").data).group(1)
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).reshape(-1, 3).astype(int)
+    for color in colors:
+        assert np.abs(pixels - np.round(255 * np.array(color))).sum(axis=1).min() <= 6
 
 
 def test_keep_shows_the_value_under_its_name(monkeypatch):
