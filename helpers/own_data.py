@@ -28,6 +28,7 @@ SUFFIXES = {".csv": ",", ".tsv": "\t", ".jsonl": None, ".ndjson": None, ".parque
 SEPARATORS = (";", "|", ",")  # that a column of several labels may have
 LEAST = {False: 5, True: 10}  # documents a label needs, single- and multi-label, to be in every split
 NEAR = 0.9  # cosine between two texts' TF-IDF from which one is a near copy of the other
+NEAR_MOST = 20_000  # documents among which near copies are looked for: it takes time with the square of their number
 LONG = 1_000_000  # characters that no document should have
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
@@ -398,7 +399,9 @@ def _without_copies(documents: list[Document], multi_label: bool, warnings: list
     if copies:
         warnings.append(f"{copies:,} of {len(documents):,} documents are copies of another one: left out.")
     kept = remove_duplicates(documents, "unite" if multi_label else "drop")
-    near = _near_copies([each.text for each in kept])
+    near = _near_copies([each.text for each in kept]) if len(kept) <= NEAR_MOST else []
+    if len(kept) > NEAR_MOST:
+        warnings.append(f"{len(kept):,} documents are too many to look for near copies: none was left out.")
     if near:
         warnings.append(
             f"{_count(near, 'document')} nearly the same as another one: left out, such as {excerpt(kept[near[0]].text)}."

@@ -248,6 +248,15 @@ def test_a_thousand_labels(write):
         own_data.cut(data, None)
 
 
+def test_near_copies_are_not_looked_for_among_too_many(write, monkeypatch):
+    path = write(as_csv([*rows(), (text(0) + "!", "sport")]))
+    monkeypatch.setattr(own_data, "NEAR_MOST", 60)
+    data = read(path, "text", "label")
+    assert len(data.documents) == 61 and data.warnings == (
+        "61 documents are too many to look for near copies: none was left out.",
+    )
+
+
 def test_report_counts(write, tiny_model):
     from helpers import base_models
 
