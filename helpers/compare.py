@@ -92,12 +92,8 @@ def plan(
     words = {"suffix": f"\n\nThe {of} of this text is", "base_model": base_model}
     blocks = base_models.shape_of(base_model).get_text_config().num_hidden_layers
     deep = min(EmbeddingHead.n_layers, blocks) if profile == "quick" else None
-    trained = (
-        words
-        | {"n_layers": deep}
-        | ({"epochs": epochs} if epochs else {})
-        | ({"learning_rate": 1e-3} if data.multi_label else {})
-    )
+    several = {"learning_rate": 1e-3, "epochs": 8} if data.multi_label else {}
+    trained = words | {"n_layers": deep} | several | ({"epochs": epochs} if epochs else {})
     keys = runs.keys(
         {
             "tasks": [{name: options}],
@@ -108,8 +104,8 @@ def plan(
                 TfidfSvm.__name__,
                 {FrozenProbe.__name__: words},
                 {FineTunedEncoder.__name__: {"epochs": 15} if data.multi_label else None},
-                {EmbeddingHead.__name__: trained | ({"epochs": epochs or 8} if data.multi_label else {})},
-                {InstructionTuned.__name__: trained | ({"epochs": epochs or 8} if data.multi_label else {})},
+                {EmbeddingHead.__name__: trained},
+                {InstructionTuned.__name__: trained},
             ],
         }
     )
@@ -319,9 +315,8 @@ def model_card(data: Labelled, record: dict) -> str:
     )
 
 
-def report(data: Labelled, looked_at: pd.DataFrame, records: list[dict]) -> str:
-    """All of it on one page of Markdown."""
-    scores = evaluation.show(evaluation.table(results(records).values()))
+def report(data: Labelled, looked_at: pd.DataFrame, records: list[dict], scores: pd.DataFrame, advice: str) -> str:
+    """All of it on one page of Markdown: what `own_data.report`, `run`, `evaluation.table` and `verdict` gave."""
     parts = [f"# {data.name}: which approach?", data.in_words, looked_at.to_markdown(disable_numparse=True)]
     parts += ["\n".join(f"- {line}" for line in data.warnings)] if data.warnings else []
     seeds = len({record["key"]["seed"] for record in records})
@@ -329,7 +324,7 @@ def report(data: Labelled, looked_at: pd.DataFrame, records: list[dict]) -> str:
     how = f"{seeds} split(s), {options['n_test']:,} test documents each, the first {options['tokens']} tokens of every document."
     return (
         "\n\n".join(
-            [*parts, "## Side by side", how, scores.to_markdown(disable_numparse=True), "## Verdict", verdict(records)[1]]
+            [*parts, "## Side by side", how, evaluation.show(scores).to_markdown(disable_numparse=True), "## Verdict", advice]
         )
         + "\n"
     )
@@ -383,11 +378,12 @@ def main(arguments: list[str] | None = None) -> None:
         records = run(data, keys, out)
     except BookError as error:
         sys.exit(str(error))
-    page = report(data, looked_at, records)
+    scores, (chosen, advice) = evaluation.table(results(records).values()), verdict(records)
+    page = report(data, looked_at, records, scores, advice)
     (out / "report.md").write_text(page, encoding="utf-8")
-    evaluation.table(results(records).values()).to_csv(out / "table.csv")
+    scores.to_csv(out / "table.csv")
     print(page.partition("## Side by side")[2].strip(), f"\nAll of it is in {out}.")
-    if verdict(records)[0] not in TRAINED:
+    if chosen not in TRAINED:
         print("A baseline is not saved: train it with its class in helpers.baselines.")
 
 

@@ -283,7 +283,7 @@ def _text_of(path: Path, column: str, row: dict, where: str) -> str:
     value = row[column]
     if isinstance(value, (list, dict, bytes)):
         raise BookError(f"{path.name}, {where}: {column!r} holds {excerpt(str(value))}, no text. Name the column with the texts.")
-    return " ".join(_cell(value).split())
+    return _cell(value)
 
 
 def _cell(value: object) -> str:
@@ -406,7 +406,8 @@ def _without_copies(documents: list[Document], multi_label: bool, warnings: list
         warnings.append(
             f"{_count(near, 'document')} nearly the same as another one: left out, such as {excerpt(kept[near[0]].text)}."
         )
-    return [each for row, each in enumerate(kept) if row not in set(near)]
+    left_out = set(near)
+    return [each for row, each in enumerate(kept) if row not in left_out]
 
 
 def _near_copies(texts: list[str], batch: int = 500) -> list[int]:
