@@ -164,12 +164,18 @@ def test_recipe_is_used_by_some_of_its_cells(chapter):
     assert "OUT" in use[-1].source and "DATA" not in code_of(use[1:])
 
 
-@pytest.mark.parametrize("chapter", SINGLE)
-def test_recipe_makes_a_classifier_of_other_documents(chapter, tmp_path):
-    rows = foreign(single=True)
+def of_foreign_documents(chapter, tmp_path, single):
+    """What the recipe prints in training, and another process with what was saved: the same answer."""
+    rows = foreign(single=single)
     first, again = trained_and_used(chapter, tmp_path, base_models.fetch(), rows, **parameters_of(chapter))
     assert first[0] == f"{len(rows) - 2} of {len(rows)} rows, the others empty or duplicates"
     assert first[-2] == again[-1]
+    return first, again
+
+
+@pytest.mark.parametrize("chapter", SINGLE)
+def test_recipe_makes_a_classifier_of_other_documents(chapter, tmp_path):
+    first, again = of_foreign_documents(chapter, tmp_path, single=True)
     assert again[-1].startswith("bicycle repair")
     assert first[-1].endswith(("the same answers", "the same logits", "the same scores"))
     assert scores(first, "macro avg")[2] > 0.5  # by chance it is a third or less
@@ -178,10 +184,7 @@ def test_recipe_makes_a_classifier_of_other_documents(chapter, tmp_path):
 
 @pytest.mark.parametrize("chapter", MULTI)
 def test_recipe_for_several_labels_makes_a_classifier_of_other_documents(chapter, tmp_path):
-    rows = foreign(single=False)
-    first, again = trained_and_used(chapter, tmp_path, base_models.fetch(), rows, **parameters_of(chapter))
-    assert first[0] == f"{len(rows) - 2} of {len(rows)} rows, the others empty or duplicates"
-    assert first[-2] == again[-1]
+    first, again = of_foreign_documents(chapter, tmp_path, single=False)
     assert "bicycle repair" in again[-1].split("; ")
     assert first[-1].endswith("the same probabilities")
     assert scores(first, "micro avg")[2] > 0.5
