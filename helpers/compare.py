@@ -344,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = SIZES["quick"], SIZES["full"]
     most = {name: f"(default: {size[0][name]} on a CPU, {size[1][name]} on a GPU)" for name in size[0]}
     parser.add_argument("file", type=Path, help="a .csv, .tsv, .jsonl or .parquet file with a row for each document")
-    parser.add_argument("--text", required=True, help="the column with the texts")
+    parser.add_argument("--text", required=True, nargs="+", help="the column with the texts, or several to be joined")
     parser.add_argument("--label", required=True, nargs="+", help="the column with the labels, or a column for each label")
     parser.add_argument("--group", help="a column; what has the same in it is never split between training and test")
     parser.add_argument("--out", type=Path, help="a folder for records, adapters and report (default: FILE-compared)")

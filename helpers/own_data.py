@@ -63,7 +63,12 @@ def labels_of(document: Document) -> tuple[str, ...]:
 
 
 def read(
-    path: str | Path, text: str, label: str | list[str], *, group: str | None = None, multi_label: bool | None = None
+    path: str | Path,
+    text: str | list[str],
+    label: str | list[str],
+    *,
+    group: str | None = None,
+    multi_label: bool | None = None,
 ) -> Labelled:
     """Read CSV, TSV, JSON lines or Parquet. What cannot be repaired is refused, what can be is done and named in `warnings`.
 
@@ -72,7 +77,7 @@ def read(
 
     Args:
         path: by its ending `.csv`, `.tsv`, `.jsonl`, `.ndjson` or `.parquet`.
-        text: the column with the texts.
+        text: the column with the texts, or several that are joined by a space, such as title, first claim and abstract.
         label: the column with the label, or with several of them (a list, or names between `;`, `|` or `,`); or several
             columns of zeros and ones, each named after its label.
         group: a column; documents that have the same in it (customer, source) are never split between training and test.
@@ -83,10 +88,11 @@ def read(
     """
     path = Path(path).expanduser()
     names = [label] if isinstance(label, str) else list(label)
-    rows = _rows(path, [text, *names, *([group] if group else [])])
+    columns = [text] if isinstance(text, str) else list(text)
+    rows = _rows(path, [*columns, *names, *([group] if group else [])])
     warnings: list[str] = []
-    texts = [_text_of(path, text, row, where) for where, row in rows]
-    _refuse_numbers(path, text, texts)
+    texts = [" ".join(filter(None, (_text_of(path, column, row, where) for column in columns))) for where, row in rows]
+    _refuse_numbers(path, columns[0], texts)
     given, multi_label, in_words = _labels(path, names, rows, multi_label)
 
     kept, empty, unlabelled, without_group = [], [], [], []
@@ -104,7 +110,8 @@ def read(
         if left_out:
             warnings.append(f"{_count(left_out, 'row')} without {what} left out, first {left_out[0]}.")
     if not kept:
-        raise BookError(f"{path.name}: no row has both a text and a label. Check the columns {text!r} and {', '.join(names)!r}.")
+        asked = ", ".join(map(repr, [*columns, *names]))
+        raise BookError(f"{path.name}: no row has both a text and a label. Check the columns {asked}.")
     long = [excerpt(document.text) for document in kept if len(document.text) > LONG]
     if long:
         warnings.append(f"{_count(long, 'text')} longer than {LONG:,} characters: {long[0]}. Only its beginning will be read.")

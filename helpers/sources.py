@@ -1,10 +1,9 @@
-"""Where labelled text comes from: archives on the package index, the hub, folders and CSV files, all read to `Document`s.
+"""Where labelled text comes from: archives on the package index, the hub and folders, all read to `Document`s.
 
 Texts are read at run time and none is stored in this repository: most of them may be used, but not passed on.
 Chapter 01 looks at each of them.
 """
 
-import csv
 import gzip
 import json
 import random
@@ -14,7 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 from datasets import ClassLabel, load_dataset
@@ -367,8 +366,14 @@ def from_folders(folder: str | Path, pattern: str = "*.txt") -> list[Document]:
     for path in sorted(folder.glob(f"*/{pattern}")):
         if not path.is_file() or path.name.startswith(".") or path.parent.name.startswith("."):
             continue
-        with path.open("rb") as file:
-            text = _spaced("".join(_decoded_lines(file, path)))
+        raw = path.read_bytes()
+        try:
+            text = _spaced(raw.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            line = raw[: error.start].count(b"\n") + 1
+            raise BookError(
+                f"{path}, line {line}: byte {error.object[error.start]:#04x} is no UTF-8. Save the file as UTF-8."
+            ) from error
         if not text:
             raise BookError(f"{path} is empty. Remove the file, or put the document in it.")
         if texts.setdefault(path.name, text) != text:
@@ -378,77 +383,6 @@ def from_folders(folder: str | Path, pattern: str = "*.txt") -> list[Document]:
         raise BookError(f"{folder} has no files {pattern} in folders named after the labels.")
     multi_label = any(len(names) > 1 for names in labels.values())
     return [Document(text, tuple(labels[name]) if multi_label else labels[name][0]) for name, text in texts.items()]
-
-
-def from_csv(path: str | Path, text: str | list[str], label: str | list[str], separator: str | None = None) -> list[Document]:
-    """A CSV file with a header, in UTF-8, read strictly: every line that cannot be used is named.
-
-    Args:
-        text: a column, or several that are joined by a space, such as title, first claim and abstract.
-        label: the column with the label's name; or several columns of 0 and 1 named after the labels (multi-label, as the
-            authors of the paper keep their WIPO data).
-        separator: the label column holds several names with this between them (multi-label).
-
-    Raises:
-        BookError: naming file and line, and what to do.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BookError(f"There is no file {path}.")
-    if separator == "":
-        raise BookError("The separator between labels is empty. Give one, such as ';', or None for one label a line.")
-    texts, names = [text] if isinstance(text, str) else list(text), [label] if isinstance(label, str) else list(label)
-    documents = []
-    csv.field_size_limit(10**9)  # the default of 131,072 characters is too little for a patent
-    with path.open("rb") as file:
-        reader = csv.DictReader(_decoded_lines(file, path), strict=True)
-        try:
-            columns = reader.fieldnames or []
-            for column in texts + names:
-                if columns.count(column) != 1:
-                    how_often = "more than one" if column in columns else "no"
-                    known = ", ".join(map(repr, columns)) or "nothing"
-                    raise BookError(f"{path}, line 1: there is {how_often} column {column!r} in the header, which has {known}.")
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    found = sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None, []))
-                    raise BookError(
-                        f"{where}: {found} fields where the header has {len(reader.fieldnames)}. Quote the commas in it."
-                    )
-                content = _spaced(" ".join(row[column] for column in texts))
-                if not content:
-                    raise BookError(f"{where}: no text in {', '.join(map(repr, texts))}. Drop the line or give it a text.")
-                documents.append(Document(content, _labels(row, names, separator, isinstance(label, str), where)))
-        except csv.Error as error:
-            raise BookError(f"{path}, line {reader.reader.line_num}: not readable as CSV ({error}). Check the quotes.") from error
-    if not documents:
-        raise BookError(f"{path} has a header and no lines below it.")
-    return documents
-
-
-def _labels(row: dict, names: list[str], separator: str | None, single: bool, where: str) -> str | tuple[str, ...]:
-    if not single:
-        for name in names:
-            if row[name].strip() not in ("0", "1"):
-                raise BookError(f"{where}: label column {name!r} holds {row[name]!r}. Write 1 where the label applies, else 0.")
-        return tuple(name for name in names if row[name].strip() == "1")
-    if separator is not None:
-        return tuple(sorted({_spaced(part) for part in row[names[0]].split(separator) if part.strip()}))
-    value = _spaced(row[names[0]])
-    if not value:
-        raise BookError(f"{where}: no label in {names[0]!r}. Drop the line or give it a label.")
-    return value
-
-
-def _decoded_lines(file: IO[bytes], path: Path) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise BookError(
-                f"{path}, line {number}: byte {line[error.start]:#04x} is no UTF-8. Save the file as UTF-8."
-            ) from error
 
 
 def _spaced(text: str) -> str:

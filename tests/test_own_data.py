@@ -189,6 +189,20 @@ def test_parquet_and_text_over_several_lines(tmp_path, write):
 SEVERAL = [("sport",), ("business", "sport"), ("technology",), ("business", "technology"), ("business",)]
 
 
+def test_several_text_columns_are_joined_in_the_order_asked_for(write):
+    lines = [(content, f"title {number}", "", one) for number, (content, one) in enumerate(rows())]
+    path = write(as_csv(lines, "abstract,title,claim,label"))
+    read_as = read(path, ["title", "claim", "abstract"], "label").documents
+    assert [each.text for each in read_as] == [f"title {number} {content}" for number, (content, _) in enumerate(rows())]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_quotes_hold_separators_quotes_and_line_breaks(write, mark, end):
+    path = write(mark + as_csv(['"one, ""two""\n\n three\u2028four",sport', "", *rows(30)]).replace("\n", end))
+    assert read(path, "text", "label").documents[0].text == 'one, "two" three four'
+
+
 def test_several_labels_are_found_out_in_every_form(write):
     wanted = [SEVERAL[number % 5] for number in range(60)]
     texts = [text(number) for number in range(60)]

@@ -15,7 +15,6 @@ from helpers.sources import (
     TASKS,
     Document,
     attack_techniques,
-    from_csv,
     from_folders,
     from_hub,
     normalised,
@@ -504,128 +503,6 @@ def test_folder_that_is_none_is_refused(tmp_path):
 def test_folder_named_like_a_file_is_passed_over(tmp_path):
     folder = fill(tmp_path / "pets", {"cat/a.txt": "meow", "cat/more.txt": None})
     assert from_folders(folder) == [Document("meow", "cat")]
-
-
-# CSV
-
-
-def csv_file(tmp_path, content):
-    path = tmp_path / "rows.csv"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def test_csv_gives_text_and_label(tmp_path):
-    path = csv_file(tmp_path, "id,label,text\n1, cat ,Meow  meow\n2,dog, Wuff\n")
-    expected = [Document("Meow meow", "cat"), Document("Wuff", "dog")]
-    assert from_csv(path, "text", "label") == from_csv(str(path), "text", "label") == expected
-
-
-def test_csv_joins_several_text_columns_in_the_order_asked_for(tmp_path):
-    path = csv_file(tmp_path, "abstract,title,claim,label\nlong,short,,a\nmuch, , more ,b\n")
-    expected = [Document("short long", "a"), Document("more much", "b")]
-    assert from_csv(path, ["title", "claim", "abstract"], "label") == expected
-
-
-def test_csv_separator_makes_it_multi_label(tmp_path):
-    path = csv_file(tmp_path, "text,label\none,b; a ;b;\ntwo,a\nthree,\n")
-    expected = [Document("one", ("a", "b")), Document("two", ("a",)), Document("three", ())]
-    assert from_csv(path, "text", "label", separator=";") == expected
-
-
-def test_csv_columns_of_0_and_1_make_it_multi_label(tmp_path):
-    path = csv_file(tmp_path, "text,a,b,c\none,1,0, 1\ntwo,0,1,x\nthree,0,0,0\n")
-    expected = [Document("one", ("a",)), Document("two", ("b",)), Document("three", ())]
-    assert from_csv(path, "text", ["a", "b"]) == expected
-
-
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-@pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_csv_quotes_hold_commas_quotes_and_line_breaks(tmp_path, end, mark):
-    lines = [mark + "text,label", '"one, ""two""', "", ' three",a', "", "Miäu,b"]
-    path = csv_file(tmp_path, end.join(lines))
-    assert from_csv(path, "text", "label") == [Document('one, "two" three', "a"), Document("Miäu", "b")]
-
-
-def test_csv_quoted_header_after_a_byte_order_mark(tmp_path):
-    path = csv_file(tmp_path, '\ufeff"text","label"\r\nmeow,cat\r\n')
-    assert from_csv(path, "text", "label") == [Document("meow", "cat")]
-
-
-def test_csv_breaks_lines_at_line_ends_only(tmp_path):
-    path = csv_file(tmp_path, "text,label\none\u2028two\x0bthree,a\n")
-    assert from_csv(path, "text", "label") == [Document("one two three", "a")]
-
-
-ONE = dict(text="text", label="label")
-BOTH = dict(text=["title", "text"], label="label")
-SEVERAL = dict(text="text", label=["a", "b"])
-CSV_REFUSED = {
-    "empty file": ("", ONE, ["line 1", "no column 'text'"]),
-    "byte order mark alone": ("\ufeff", ONE, ["line 1", "no column 'text'"]),
-    "header only": ("text,label\n", ONE, ["no lines below"]),
-    "blank lines only": ("text,label\n\n\n", ONE, ["no lines below"]),
-    "no text column": ("content,label\nmeow,cat\n", ONE, ["line 1", "no column 'text'", "'content', 'label'"]),
-    "no label column": ("text,topic\nmeow,cat\n", ONE, ["line 1", "no column 'label'", "'text', 'topic'"]),
-    "no second text column": ("title,label\nmeow,cat\n", BOTH, ["line 1", "no column 'text'", "'title', 'label'"]),
-    "no second 0/1 column": ("text,a\nmeow,1\n", SEVERAL, ["line 1", "no column 'b'", "'text', 'a'"]),
-    "space in the header": ("text, label\nmeow,cat\n", ONE, ["line 1", "no column 'label'", "' label'"]),
-    "semicolons": ("text;label\nmeow;cat\n", ONE, ["line 1", "no column 'text'", "'text;label'"]),
-    "too few fields": ("text,label\nmeow,cat\nwuff\n", ONE, ["line 3", "1 fields", "header has 2"]),
-    "too many fields": ("text,label\nmeow,cat\nwuff, wuff,dog\n", ONE, ["line 3", "3 fields", "header has 2", "Quote"]),
-    "too many after a long text": ('text,label\n"me\n\now",cat\nwuff,dog,1\n', ONE, ["line 5", "3 fields"]),
-    "too many after blank lines": ("text,label\n\n\nwuff,dog,1\n", ONE, ["line 4", "3 fields"]),
-    "empty text": ("text,label\nmeow,cat\n,dog\n", ONE, ["line 3", "no text in 'text'"]),
-    "white text": ('text,label\n" \t",dog\n', ONE, ["line 2", "no text in 'text'"]),
-    "empty texts": ("title,text,label\n,a,cat\n , ,dog\n", BOTH, ["line 3", "no text in 'title', 'text'"]),
-    "empty label": ("text,label\nmeow,cat\nwuff,\n", ONE, ["line 3", "no label in 'label'"]),
-    "white label": ('text,label\nmeow," "\n', ONE, ["line 2", "no label in 'label'"]),
-    "yes for 1": ("text,a,b\nmeow,1,0\nwuff,0,yes\n", SEVERAL, ["line 3", "'b'", "'yes'", "Write 1"]),
-    "2 for 1": ("text,a,b\nmeow,2,0\n", SEVERAL, ["line 2", "'a'", "'2'"]),
-    "decimal for 1": ("text,a,b\nmeow,1.0,0\n", SEVERAL, ["line 2", "'a'", "'1.0'"]),
-    "nothing for 0": ("text,a,b\nmeow,1,\n", SEVERAL, ["line 2", "'b'", "''"]),
-    "Latin-1": ("text,label\nmeow,cat\nMiäu,cat\n".encode("latin-1"), ONE, ["line 3", "byte 0xe4", "UTF-8"]),
-    "Latin-1 in the header": ("täxt,label\nmeow,cat\n".encode("latin-1"), ONE, ["line 1", "byte 0xe4"]),
-    "Latin-1 in a long text": (b'text,label\n"me\now\nMi\xe4u",cat\n', ONE, ["line 4", "byte 0xe4"]),
-    "UTF-16": ("text,label\nmeow,cat\n".encode("utf-16"), ONE, ["line 1", "byte 0xff"]),
-    "quote never closed": ('text,label\n"meow,cat\nwuff,dog\n', ONE, ["not readable as CSV", "quotes"]),
-    "text after a quote": ('text,label\n"me"ow,cat\n', ONE, ["not readable as CSV", "quotes"]),
-    "old line ends": ("text,label\rmeow,cat\r", ONE, ["not readable as CSV"]),
-}
-
-
-@pytest.mark.parametrize("content, columns, words", CSV_REFUSED.values(), ids=CSV_REFUSED.keys())
-def test_csv_is_refused(tmp_path, content, columns, words):
-    path = csv_file(tmp_path, content)
-    message = refusal(from_csv, path, **columns)
-    assert message.startswith(str(path))
-    assert has_words(message, words), message
-
-
-def test_csv_that_is_no_file_is_refused(tmp_path):
-    (tmp_path / "folder.csv").mkdir()
-    for path in (tmp_path / "rows.csv", tmp_path / "folder.csv"):
-        assert refusal(from_csv, path, "text", "label") == f"There is no file {path}."
-
-
-@pytest.mark.parametrize("content, line", [('text,label\nmeow,cat\n"me"ow,cat\n', 3), ("text,label\rmeow,cat\r", 1)])
-def test_csv_that_is_not_readable_is_refused_with_its_line(tmp_path, content, line):
-    assert f", line {line}:" in refusal(from_csv, csv_file(tmp_path, content), "text", "label")
-
-
-def test_csv_reads_a_very_long_text(tmp_path):
-    path = csv_file(tmp_path, "text,label\n" + "meow " * 30_000 + ",cat\n")
-    assert len(from_csv(path, "text", "label")[0].text) == 149_999
-
-
-@pytest.mark.parametrize("separator", ["\t", "\n"])
-def test_csv_separator_may_be_white_space(tmp_path, separator):
-    path = csv_file(tmp_path, f'text,label\nmeow,"cat{separator}pet"\n')
-    assert from_csv(path, "text", "label", separator=separator) == [Document("meow", ("cat", "pet"))]
-
-
-def test_csv_with_a_column_twice_is_refused(tmp_path):
-    assert "line 1" in refusal(from_csv, csv_file(tmp_path, "text,text,label\nmeow,wuff,cat\n"), "text", "label")
 
 
 def test_the_same_text_is_normalised_to_the_same():
