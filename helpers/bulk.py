@@ -18,7 +18,7 @@ import pyarrow.parquet
 import torch
 from datasets import Dataset
 
-from helpers import profiles, runs
+from helpers import profiles, runs, tasks
 from helpers.errors import BookError
 
 COLUMNS = ("predicted", "probabilities")  # what is added to a file's own
@@ -39,11 +39,12 @@ class Classifier:
         text: the column that holds the documents.
         batch_size: documents that are in memory at a time.
         threads: of this process.
+        tokens: of each document that are read; None for all.
     """
 
-    def __init__(self, saved: Path, out: Path, text: str, batch_size: int, threads: int) -> None:
+    def __init__(self, saved: Path, out: Path, text: str, batch_size: int, threads: int, tokens: int | None = None) -> None:
         torch.set_num_threads(threads)
-        self.saved, self.out, self.text, self.batch_size = saved, out, text, batch_size
+        self.saved, self.out, self.text, self.batch_size, self.tokens = saved, out, text, batch_size, tokens
         self.approach = None
 
     def __call__(self, batch: dict) -> dict:
@@ -82,8 +83,9 @@ class Classifier:
         if rows:
             labels, several = np.array(self.approach.labels), self.approach.multi_label
             unknown = [0] * len(labels) if several else 0
+            cut = tasks.first_tokens(self.approach.tokenizer, self.tokens) if self.tokens else str
             said = self.approach.predict(
-                Dataset.from_dict({"text": [texts[row] for row in rows], "label": [unknown] * len(rows)})
+                Dataset.from_dict({"text": [cut(texts[row]) for row in rows], "label": [unknown] * len(rows)})
             )
             for row, decided, each in zip(rows, said.predicted, said.probabilities, strict=True):
                 predicted[row] = labels[decided.astype(bool)].tolist() if several else labels[decided].item()
@@ -92,7 +94,14 @@ class Classifier:
 
 
 def classify(
-    documents: str | Path, saved: str | Path, out: str | Path, *, text: str = "text", workers: int = 2, batch_size: int = 256
+    documents: str | Path,
+    saved: str | Path,
+    out: str | Path,
+    *,
+    text: str = "text",
+    tokens: int | None = None,
+    workers: int = 2,
+    batch_size: int = 256,
 ) -> list[dict]:
     """Classify every Parquet file of a folder, a file at a time in each of `workers` processes.
 
@@ -107,6 +116,7 @@ def classify(
             `predicted` (a label, or a list of labels) and `probabilities` (of all labels, in the approach's order), both null
             where there is no text.
         text: the column that holds the documents.
+        tokens: of each document that are read, as in training; None for all.
         workers: processes; there are no more of them than files, or GPUs under the full profile.
         batch_size: documents that a worker holds in memory at a time.
 
@@ -147,7 +157,7 @@ def classify(
             rows.context.enable_progress_bars, rows.context.wait_for_min_actors_s = False, START
             done = rows.map_batches(
                 Classifier,
-                fn_constructor_args=(saved, out, text, batch_size, threads),
+                fn_constructor_args=(saved, out, text, batch_size, threads, tokens),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
                 num_gpus=1 if on_gpu else None,
@@ -213,10 +223,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--with", dest="saved", type=Path, required=True, help="the folder of a saved approach")
     parser.add_argument("--out", type=Path, required=True, help="the folder for the classified files")
     parser.add_argument("--text", default="text", help="the column with the documents (default: text)")
+    parser.add_argument("--tokens", type=int, help="of each document that are read, as in training (default: all)")
     parser.add_argument("--workers", type=int, default=2, help="processes, or GPUs where there are some (default: 2)")
     given, start = parser.parse_args(arguments), time.perf_counter()
     try:
-        done = classify(given.documents, given.saved, given.out, text=given.text, workers=given.workers)
+        done = classify(given.documents, given.saved, given.out, text=given.text, tokens=given.tokens, workers=given.workers)
     except BookError as error:
         sys.exit(str(error))
     n, seconds = sum(each["documents"] for each in done), time.perf_counter() - start

@@ -29,7 +29,12 @@ class _Logits(torch.nn.Module):
 
 
 def to_onnx(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...], folder: str | Path, suffix: str = ""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: tuple[str, ...],
+    folder: str | Path,
+    suffix: str = "",
+    tokens: int | None = None,
 ) -> Path:
     """Write `model.onnx`, `tokenizer.json` and `labels.json` into a new folder.
 
@@ -38,6 +43,7 @@ def to_onnx(
     Args:
         model: of `AutoModelForSequenceClassification`, in float32, adapters merged.
         suffix: what was put behind each text in training.
+        tokens: of each text that are read, as in training; the suffix comes behind them. None for all.
 
     Raises:
         BookError: the folder holds something, adapters are not merged, or the weights are not float32.
@@ -66,7 +72,8 @@ def to_onnx(
             optimize=False,
         )
     tokenizer.save_pretrained(folder)
-    described = {"labels": labels, "suffix": suffix, "pad_id": tokenizer.pad_token_id, "max_length": tokenizer.model_max_length}
+    described = {"labels": labels, "suffix": suffix, "tokens": tokens}
+    described |= {"pad_id": tokenizer.pad_token_id, "max_length": tokenizer.model_max_length}
     (folder / "labels.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     return folder
 

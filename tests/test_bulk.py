@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 from datasets import Dataset
 
-from helpers import bulk
+from helpers import bulk, tasks
 from helpers.embedding_head import EmbeddingHead
 from helpers.errors import BookError
 
@@ -73,6 +74,17 @@ def test_a_file_gets_the_approachs_labels_and_keeps_its_columns(saved, documents
     assert np.allclose(np.stack(got["probabilities"].drop([3, 7])), probabilities, atol=1e-5)
     assert (got["predicted"].drop([3, 7]) == labels).all()
     assert os.listdir(tmp_path / "out") == ["0.parquet"]
+
+
+def test_documents_are_cut_as_in_training(saved, tmp_path):
+    head = EmbeddingHead.load(saved)
+    cut = tasks.first_tokens(head.tokenizer, 3)
+    rows = pd.DataFrame({"text": ["the goal and the trophy and a robot in a bank", "a stadium of the coach " * 30]})
+    of_cut, of_whole = (bulk.Classifier(saved, tmp_path, "text", 8, torch.get_num_threads(), tokens) for tokens in (3, None))
+    for classifier, said in ((of_cut, rows["text"].map(cut)), (of_whole, rows["text"])):
+        classifier.approach = head
+        _, probabilities = classifier._said(rows["text"].tolist())
+        assert np.allclose(probabilities, expected(saved, said.to_frame())[0], atol=1e-6)
 
 
 def test_several_labels_are_a_list(saved, tmp_path):

@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from conftest import BOOK
 from transformers import AutoModelForSequenceClassification
 
-from helpers import base_models, export
+from helpers import base_models, export, tasks
 from helpers.embedding_head import EmbeddingHead
 from helpers.errors import BookError
 
@@ -80,6 +80,15 @@ def test_an_encoder_is_exported_like_a_decoder(tmp_path):
     with torch.inference_mode():
         want = model(**batch).logits.softmax(-1).numpy()
     assert np.allclose(scorer(folder).score(TEXTS), want, atol=1e-5)
+
+
+def test_documents_are_cut_as_in_training_and_the_suffix_is_kept(exported, trained, tmp_path):
+    folder = export.to_onnx(exported[0], trained.tokenizer, trained.labels, tmp_path / "cut", trained.suffix, tokens=3)
+    cut = tasks.first_tokens(trained.tokenizer, 3)
+    assert scorer(folder).cut("") == "" and cut(TEXTS[2]) != TEXTS[2]
+    want = expected(exported[0], trained, [cut(text) for text in TEXTS])
+    assert np.allclose(scorer(folder).score(TEXTS), want, atol=1e-5)
+    assert np.abs(scorer(exported[1]).score(TEXTS) - want).max() > 1e-3  # the whole texts are other documents
 
 
 def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trained, tmp_path):

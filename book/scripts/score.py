@@ -26,6 +26,7 @@ class Scorer:
             (folder / "labels.json").read_text(encoding="utf-8")
         )
         self.labels, self.suffix = described["labels"], described["suffix"]
+        self.tokens = described["tokens"]  # of a text, without the suffix
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # a control token in a document is read as text
         self.tokenizer.encode_special_tokens = True
@@ -37,10 +38,16 @@ class Scorer:
             folder / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
 
+    def cut(self, text):
+        """The text as it was in training: its first tokens."""
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        ends = [end for _, end in encoded.offsets[: self.tokens]]
+        return text if self.tokens is None else text[: max(ends, default=0)]
+
     def logits(self, texts):
         """Shape (n_texts, n_labels)."""
         encoded = self.tokenizer.encode_batch(
-            [text + self.suffix for text in texts]
+            [self.cut(text) + self.suffix for text in texts]
         )
         batch = {
             "input_ids": np.array(
