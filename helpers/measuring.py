@@ -5,7 +5,7 @@ import copy
 import os
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
@@ -42,6 +42,7 @@ class Recipe:
         float32_adapters: as PEFT makes them; False keeps them in the model's dtype.
         compile: with `torch.compile`.
         liger: with the kernels of the Liger library, which has to be installed.
+        n_layers: LoRA on the upper so many blocks, so that no backward pass goes below them; None for all.
     """
 
     kbit_preparation: bool = False
@@ -53,6 +54,7 @@ class Recipe:
     float32_adapters: bool = True
     compile: bool = False
     liger: bool = False
+    n_layers: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no training can have.
@@ -68,6 +70,8 @@ class Recipe:
 
 # The recipe that tutorials copy, and the steps from it to this book's.
 STOCK = Recipe(kbit_preparation=True, reentrant=True, sampling="random", loss="trl")
+# How `EmbeddingHead` and `InstructionTuned` are set by default: fewer blocks to train instead of checkpointing.
+UPPER = Recipe(checkpointing=False, n_layers=10)
 
 
 class BytesAlive(TorchDispatchMode):
@@ -162,12 +166,12 @@ class _Linear4bit(torch.nn.Linear):
 
 
 def adapted(model: PreTrainedModel, approach: str, precision: str, rank: int, recipe: Recipe) -> PeftModel:
-    """`model` with LoRA on all linear layers, made ready for a training with `recipe`."""
+    """`model` with LoRA on all linear layers of the blocks that `recipe` names, made ready for a training with it."""
     model.is_loaded_in_4bit = precision == "nf4"  # what PEFT asks
     switch = {"use_reentrant": recipe.reentrant}
     if recipe.kbit_preparation:
         model = prepare_model_for_kbit_training(model, recipe.checkpointing, switch)
-    lora = base_models.upper_lora(model, TASK_TYPES[approach], rank, None)
+    lora = base_models.upper_lora(model, TASK_TYPES[approach], rank, recipe.n_layers)
     model = get_peft_model(model, lora, autocast_adapter_dtype=recipe.float32_adapters)
     if recipe.checkpointing:
         model.enable_input_require_grads()
@@ -203,7 +207,8 @@ def count_step(
 ) -> dict[str, int]:
     """Bytes of one training step with LoRA on all linear layers, counted without weights, memory or GPU.
 
-    The step is run on fake tensors for models of two and of three blocks; every further block costs what the third does. It
+    The step is run on fake tensors for models of two and of three blocks; every further block costs what the third does, be it
+    one with adapters or, below the recipe's `n_layers`, one without. It
     counts what the code asks for: kernels that are fused on a GPU need less, its allocator rounds up, its context comes on top.
 
     Args:
@@ -227,15 +232,23 @@ def count_step(
     config = base_models.shape_of(shape)
     if length > config.max_position_embeddings:
         raise BookError(f"{shape} takes {config.max_position_embeddings} tokens, so a length of {length} does not fit it.")
-    counts = []
-    for n_blocks in (2, 3):
+    total = config.num_hidden_layers
+    base_models.check_n_layers(recipe.n_layers, total)
+    n_adapted = recipe.n_layers or total
+
+    def step_of(n_blocks: int, n_adapted: int) -> dict[str, int]:
         small = copy.deepcopy(config)
         small.num_hidden_layers = n_blocks
         if getattr(small, "layer_types", None):
             small.layer_types = small.layer_types[:n_blocks]
-        counts.append(_count(small, approach, batch_size, length, rank, precision, recipe, n_labels, label_tokens))
-    two, three = counts
-    step = {name: two[name] + (three[name] - two[name]) * (config.num_hidden_layers - 2) for name in two}
+        made = replace(recipe, n_layers=n_adapted)
+        return _count(small, approach, batch_size, length, rank, precision, made, n_labels, label_tokens)
+
+    two, three = step_of(2, 2), step_of(3, 3)
+    step = {name: two[name] + (three[name] - two[name]) * (n_adapted - 2) for name in two}
+    if n_adapted < total:
+        below = step_of(3, 2)
+        step = {name: step[name] + (below[name] - two[name]) * (total - n_adapted) for name in two}
     highest = max(step.pop(phase) for phase in ("forward", "backward", "gradients"))
     step["temporary"] = highest - step["activations"]
     return step | {"peak": sum(step.values())}

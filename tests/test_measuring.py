@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from helpers import base_models, benchmark, measuring, runs
 from helpers.errors import BookError
-from helpers.measuring import STOCK, BytesAlive, Recipe, allocated, check_fits, count_step, held, largest_batch
+from helpers.measuring import STOCK, UPPER, BytesAlive, Recipe, allocated, check_fits, count_step, held, largest_batch
 
 KEY = {"length": 48, "precision": "float32", "batch_size": 4, "rank": 4, "steps": 4, "seed": 0, "profile": "quick"}
 PLAIN = Recipe(sampling="random", loss="all")
@@ -68,6 +68,8 @@ def test_the_allocators_peak_is_above_what_was_held_before():
         ("head", Recipe()),
         ("head", Recipe(checkpointing=False)),
         ("head", STOCK),
+        ("head", Recipe(checkpointing=False, n_layers=2)),
+        ("instruction", Recipe(checkpointing=False, n_layers=1)),
         ("instruction", Recipe()),
         ("instruction", Recipe(checkpointing=False)),
         ("instruction", Recipe(loss="all")),
@@ -123,6 +125,11 @@ def test_what_each_step_of_a_recipe_saves():
     assert every["peak"] - ours["peak"] > 4 * logits  # at least once in float32
     kept = count_step(name, "head", **options, recipe=Recipe(checkpointing=False))
     assert kept["activations"] > 10 * count_step(name, "head", **options)["activations"]
+    upper = count_step(name, "head", **options, recipe=UPPER)
+    assert upper["weights"] == kept["weights"]
+    assert upper["activations"] / kept["activations"] == pytest.approx(
+        10 / base_models.shape_of(name).num_hidden_layers, rel=0.05
+    )
     small = count_step(name, "head", **options, recipe=Recipe(optim="paged_adamw_8bit"))
     assert small["optimizer"] * 4 == count_step(name, "head", **options)["optimizer"]
 
