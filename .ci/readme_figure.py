@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import compare, evaluation, runs  # noqa: E402
+from helpers import compare, runs  # noqa: E402
 from helpers.embedding_head import EmbeddingHead  # noqa: E402
 from helpers.instruction import InstructionTuned  # noqa: E402
 from helpers.plots import PALETTE, set_style  # noqa: E402
@@ -34,34 +34,36 @@ TASKS = {  # in the records, and as a reader would say it
 }
 
 
+def recorded(sweep: str) -> list[dict]:
+    """A sweep's records under the quick profile."""
+    return [record for record in runs.read(ROOT / "book" / "results" / f"{sweep}.jsonl") if record["key"]["profile"] == "quick"]
+
+
 def scores() -> pd.DataFrame:
     """Macro-F1 in percent by task, approach and seed (quick profile); of several settings that best on validation."""
-    rows = []
-    results = ROOT / "book" / "results"
-    documents = [(key["task"], key["options"]) for key in (each["key"] for each in runs.read(results / "side_by_side.jsonl"))]
-    for sweep in ("learning_rate", "higher_rate"):
-        for record in runs.read(results / f"{sweep}.jsonl"):
-            key = record["key"]
-            same = key["profile"] == "quick" and (key["task"], key["options"]) in documents
-            if same and key["settings"]["learning_rate"] == HIGHER:
-                known = (runs.frame([record])["task"][0], f"{record['name']}, higher rate", key["seed"])
-                rows.append((*known, 100 * record["metrics"]["macro_f1"]))
+    rows, documents = [], []
     for sweep in ("side_by_side", "multi_label"):
         best: dict[tuple, tuple] = {}
-        for record in runs.read(results / f"{sweep}.jsonl"):
+        for record in recorded(sweep):
             task = runs.frame([record])["task"][0]
-            if record["key"]["profile"] != "quick" or task not in TASKS:
+            if task not in TASKS:
                 continue
+            documents.append((record["key"]["task"], record["key"]["options"]))
             order, (said,) = 0.0, compare.results([record]).values()
             if said.multi_label:
                 validation = runs.validation_of(record)
-                cut = evaluation.best_thresholds(validation)
-                order = f1_score(validation.gold, validation.probabilities >= cut, average="micro")
+                order = f1_score(validation.gold, validation.probabilities >= said.thresholds, average="micro")
             labels = range(len(said.labels))
             score = 100 * f1_score(said.gold, said.predicted, labels=labels, average="macro", zero_division=0)
             known = (task, record["name"], record["key"]["seed"])
             best[known] = max(best.get(known, (-1.0, 0.0)), (float(order), float(score)))
         rows += [(*known, score) for known, (_, score) in best.items()]
+    for sweep in ("learning_rate", "higher_rate"):
+        for record in recorded(sweep):
+            key = record["key"]
+            if key["settings"]["learning_rate"] == HIGHER and (key["task"], key["options"]) in documents:
+                known = (runs.frame([record])["task"][0], f"{record['name']}, higher rate", key["seed"])
+                rows.append((*known, 100 * record["metrics"]["macro_f1"]))
     table = pd.DataFrame(rows, columns=["task", "approach", "seed", "macro_f1"])
     return table.replace({"approach": {LIST: INSTRUCTION}})
 

@@ -366,11 +366,10 @@ def from_folders(folder: str | Path, pattern: str = "*.txt") -> list[Document]:
     for path in sorted(folder.glob(f"*/{pattern}")):
         if not path.is_file() or path.name.startswith(".") or path.parent.name.startswith("."):
             continue
-        raw = path.read_bytes()
         try:
-            text = _spaced(raw.decode("utf-8-sig"))
+            text = _spaced(path.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            line = raw[: error.start].count(b"\n") + 1
+            line = error.object[: error.start].count(b"\n") + 1
             raise BookError(
                 f"{path}, line {line}: byte {error.object[error.start]:#04x} is no UTF-8. Save the file as UTF-8."
             ) from error

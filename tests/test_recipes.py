@@ -123,8 +123,6 @@ def trained_and_used(chapter, folder, base_model, rows, **parameters):
     write_csv(folder / "post.csv", rows)
     out = "classifier.joblib" if chapter.startswith("01") else "sorted letters"
     given = {"TEXT": COLUMNS[0], "LABEL": COLUMNS[1], "OUT": out, "NEW_TEXT": NEW, **parameters}
-    if chapter == ENCODER:
-        given = {"MORE": None, **given}
     first = run(folder, "recipe.py", values_replaced(code_of(cells), DATA="post.csv", **given), base_model)
     (folder / "post.csv").unlink()
     (folder / "recipe.py").unlink()
@@ -142,7 +140,7 @@ def parameters_of(chapter):
     if chapter.startswith("01"):
         return {}
     if chapter == ENCODER:
-        return {"MAX_TOKENS": 32}
+        return {"MAX_TOKENS": 32, "MORE": None}
     few_steps = {"LEARNING_RATE": 1e-3} if chapter.startswith("05") else {}
     return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", **few_steps}
 

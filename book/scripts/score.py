@@ -40,9 +40,11 @@ class Scorer:
 
     def cut(self, text):
         """The text as it was in training: its first tokens."""
+        if self.tokens is None:
+            return text
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
         ends = [end for _, end in encoded.offsets[: self.tokens]]
-        return text if self.tokens is None else text[: max(ends, default=0)]
+        return text[: max(ends, default=0)]
 
     def logits(self, texts):
         """Shape (n_texts, n_labels)."""
