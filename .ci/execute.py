@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import runs  # noqa: E402
+from helpers.lab import sweeps  # noqa: E402
 
 HEAD = "| chapter | executed on | device | threads | Python |\n|---|---|---|---|---|\n"
 NOISE = "Failed to load CPU gemm_4bit_forward"  # bitsandbytes, on some CPUs, of an optional package
@@ -41,7 +41,7 @@ def main(paths: list[str]) -> None:
             cell.metadata.pop("execution", None)  # time stamps
             if cell.cell_type == "code":
                 cell.outputs = [each for each in cell.outputs if not each.get("text", "").startswith(NOISE)]
-        made = runs.provenance()
+        made = sweeps.provenance()
         made.pop("commit")  # the one before the outputs
         notebook.metadata["executed"] = made
         nbformat.write(notebook, path)

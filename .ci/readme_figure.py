@@ -16,9 +16,10 @@ from sklearn.metrics import f1_score
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from helpers import compare, runs  # noqa: E402
+from helpers import records  # noqa: E402
 from helpers.embedding_head import EmbeddingHead  # noqa: E402
 from helpers.instruction import InstructionTuned  # noqa: E402
+from helpers.lab import compare  # noqa: E402
 from helpers.plots import PALETTE, set_style  # noqa: E402
 
 PICTURE = ROOT / "book" / "_static" / "answer.png"
@@ -36,7 +37,9 @@ TASKS = {  # in the records, and as a reader would say it
 
 def recorded(sweep: str) -> list[dict]:
     """A sweep's records under the quick profile."""
-    return [record for record in runs.read(ROOT / "book" / "results" / f"{sweep}.jsonl") if record["key"]["profile"] == "quick"]
+    return [
+        record for record in records.read(ROOT / "book" / "results" / f"{sweep}.jsonl") if record["key"]["profile"] == "quick"
+    ]
 
 
 def scores() -> pd.DataFrame:
@@ -45,13 +48,13 @@ def scores() -> pd.DataFrame:
     for sweep in ("side_by_side", "multi_label"):
         best: dict[tuple, tuple] = {}
         for record in recorded(sweep):
-            task = runs.frame([record])["task"][0]
+            task = records.frame([record])["task"][0]
             if task not in TASKS:
                 continue
             documents.append((record["key"]["task"], record["key"]["options"]))
             order, (said,) = 0.0, compare.results([record]).values()
             if said.multi_label:
-                validation = runs.validation_of(record)
+                validation = records.validation_of(record)
                 order = f1_score(validation.gold, validation.probabilities >= said.thresholds, average="micro")
             labels = range(len(said.labels))
             score = 100 * f1_score(said.gold, said.predicted, labels=labels, average="macro", zero_division=0)
@@ -62,7 +65,7 @@ def scores() -> pd.DataFrame:
         for record in recorded(sweep):
             key = record["key"]
             if key["settings"]["learning_rate"] == HIGHER and (key["task"], key["options"]) in documents:
-                known = (runs.frame([record])["task"][0], f"{record['name']}, higher rate", key["seed"])
+                known = (records.frame([record])["task"][0], f"{record['name']}, higher rate", key["seed"])
                 rows.append((*known, 100 * record["metrics"]["macro_f1"]))
     table = pd.DataFrame(rows, columns=["task", "approach", "seed", "macro_f1"])
     return table.replace({"approach": {LIST: INSTRUCTION}})

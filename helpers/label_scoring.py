@@ -13,27 +13,40 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import base_models
+from helpers import prompts as prompting
 from helpers.errors import BookError
 
 _ROWS = 128  # (prompt, branch) pairs in one forward pass
 NO_LABEL = "none"  # what a list says of a document without labels
 _SHORTEST_PREFIX = 8  # tokens; less is not worth a cache
+_END = 40  # characters of the prompt's end that are tokenized with each label
 
 
-def label_tokens(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, space: str = " ") -> list[list[int]]:
-    """Token ids of each label as it stands after the prompt: with `space` before it, and ended where that is needed.
+def label_tokens(
+    labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, space: str = " ", prompt: str = "x"
+) -> list[list[int]]:
+    """Token ids of each label as training sees them: those of `prompt`, `space` and label, less those of the prompt.
 
     When one label's tokens begin another's (`tech`, `tech support`), the shorter would win whatever the model thinks of
     its end, so the end-of-sequence token is appended to every label.
 
+    Args:
+        prompt: what stands before the label; its end decides, since a tokenizer may join characters across the border.
+
     Raises:
-        BookError: an empty label, or two labels with the same tokens.
+        BookError: an empty label, two labels with the same tokens, or one that shares a token with the prompt.
     """
     for number, label in enumerate(labels):
         if not label.strip():
             raise BookError(f"Label number {number} is empty ({label!r}), so there is nothing to score. Give it a name.")
-    ids = [tokenizer(space + label, add_special_tokens=False).input_ids for label in labels]
+    end = prompt[-_END:]
+    before = tokenizer(end).input_ids
+    ids = []
+    for label in labels:
+        whole = tokenizer(end + space + label).input_ids
+        if whole[: len(before)] != before:
+            raise BookError(f"The tokenizer joins the end of the prompt ({end!r}) with the label {label!r}. End it otherwise.")
+        ids.append(whole[len(before) :])
     first_with: dict[tuple[int, ...], int] = {}
     for number, label in enumerate(ids):
         other = first_with.setdefault(tuple(label), number)
@@ -111,16 +124,18 @@ def score_labels(
         raise BookError("There are no labels to score. Give at least one.")
     if not prompts:
         return torch.empty(0, len(labels))
-    branches, roots = _trie(label_tokens(labels, tokenizer, space))
+    branches, roots = _trie(label_tokens(labels, tokenizer, space, prompts[0]))
     first_tokens = [branches[root].tokens[0] for root in roots]
     read_on = any(len(branch.tokens) > 1 for branch in branches)
     encoded = tokenizer(prompts).input_ids
     shared = os.path.commonprefix([text[:-1] for text in encoded]) if len(prompts) > 1 else []
-    shared = shared if len(shared) >= _SHORTEST_PREFIX else []
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if len(shared) < _SHORTEST_PREFIX or (window and max(map(len, encoded)) >= window):
+        shared = []  # padding between it and the text would use up places in a sliding window
     if shared:
         prefix = model(torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
     scores = torch.empty(len(prompts), len(labels))
-    for rows, batch in base_models.batches(prompts, tokenizer, batch_size, side="left", skip=len(shared)):
+    for rows, batch in prompting.batches(prompts, tokenizer, batch_size, side="left", skip=len(shared)):
         batch = batch.to(model.device)
         mask = torch.nn.functional.pad(batch.attention_mask, (len(shared), 0), value=1)
         cache = _select(prefix, [0] * len(rows)) if shared else DynamicCache(config=model.config) if read_on else None
@@ -195,30 +210,6 @@ def score_label_lists(
         if not rows:
             break
     return found.clamp(max=1)
-
-
-def score_questions(
-    prompts: list[str],
-    labels: tuple[str, ...],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 32,
-    space: str = " ",
-) -> torch.Tensor:
-    """Probability of "yes" against "no" behind every prompt and every label: one question a label, the prompt read once.
-
-    The questions are the branches of the trie of `score_labels`, so it is its cache that they all stand on.
-
-    Args:
-        prompts, batch_size, space: as for `score_labels`.
-        labels: asked about as `label? yes` and `label? no`.
-
-    Returns:
-        float32 tensor of shape (n_prompts, n_labels), each in 0..1.
-    """
-    answers = tuple(f"{label}? {answer}" for label in labels for answer in ("yes", "no"))
-    scores = score_labels(prompts, answers, model, tokenizer, batch_size, tolerance=0, space=space)
-    return scores.view(len(prompts), len(labels), 2).softmax(-1)[..., 0]
 
 
 def _walk(branches, roots, start, n_labels, model, cache, mask, tolerance) -> np.ndarray:

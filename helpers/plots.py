@@ -69,7 +69,7 @@ def with_alt_text(figure: Figure, alt_text: str) -> HTML:
     return HTML(f'<img src="data:image/png;base64,{data}" alt="{markup.escape(alt_text)}" style="max-width:100%">')
 
 
-def keep(name: str, value: Any) -> None:
+def glue(name: str, value: Any) -> None:
     """Show `value` and keep it under `name`, so that other pages can paste it: `{glue} name` with `:doc:`.
 
     What `myst_nb.glue` does, without asking a reader of one chapter to install what builds the site.

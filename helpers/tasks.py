@@ -7,19 +7,16 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
-from sklearn.model_selection import GroupShuffleSplit, train_test_split
 from transformers import PreTrainedTokenizerBase
 
+from helpers.corpora import TASKS, Document, excerpt, normalised, remove_duplicates
 from helpers.errors import BookError, unknown_name
-from helpers.sources import TASKS, Document, excerpt, normalised, remove_duplicates
-
-SPLITS = ("train", "validation", "test")
+from helpers.splits import SPLITS, split_rows
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Task:
 
 
 def load(name: str, **options) -> Task:
-    """Read one of the book's tasks (`sources.TASKS`) and `split` it.
+    """Read one of the book's tasks (`corpora.TASKS`) and `split` it.
 
     Args:
         name: `bbc`, `attack-techniques`, `ipc-sections` and so on.
@@ -102,37 +99,21 @@ def load(name: str, **options) -> Task:
 
 
 def split(
-    name: str,
-    documents: list[Document],
-    *,
-    per_class: int | None = None,
-    n_train: int | None = None,
-    n_validation: int = 200,
-    n_test: int = 500,
-    shorten: Callable[[str], str] | None = None,
-    by_group: bool = True,
-    conflicting: str = "refuse",
-    seed: int = 0,
+    name: str, documents: list[Document], *, shorten: Callable[[str], str] | None = None, conflicting: str = "refuse", **options
 ) -> Task:
     """Remove duplicates and split: as the publisher did if he did, else by group if there are groups, else at random.
 
-    Texts are shortened before duplicates are looked for, so that no two splits share what the model reads. A fifth of the
-    groups is set aside for test and a tenth for validation; `n_test` and `n_validation` documents are drawn from them. A
-    random split of single-label documents keeps the classes in proportion.
+    Texts are shortened before duplicates are looked for, so that no two splits share what the model reads.
 
     Args:
         name: for tables and messages.
-        documents: from `sources`, or your own.
-        per_class: training documents of each class (single-label); None keeps all that validation and test leave.
-        n_train: training documents in all, drawn at random; not together with `per_class`.
-        n_validation, n_test: documents in these splits.
+        documents: from `corpora`, or your own.
         shorten: what a document is cut to, for every approach alike: `first_words(32)`, `first_tokens(tokenizer, 64)`.
-        by_group: False splits at random although there are groups, to see what that hides (chapter 01).
-        conflicting: see `sources.remove_duplicates`.
-        seed: of the split and of the choice of training documents.
+        conflicting: see `corpora.remove_duplicates`.
+        options: of `splits.split_rows`, such as `per_class=32`, `n_test=300`, `seed=0`.
 
     Raises:
-        BookError: no documents, splits larger than the data, both `per_class` and `n_train`, or anything `Task` refuses.
+        BookError: no documents, or anything that `split_rows` or `Task` refuses.
     """
     if shorten is not None:
         documents = [document._replace(text=shorten(document.text)) for document in documents]
@@ -147,53 +128,10 @@ def split(
         labels = tuple(sorted({document.label for document in documents}))
         numbers = {label: number for number, label in enumerate(labels)}
         gold = np.array([numbers[document.label] for document in documents])
-    if per_class is not None and (n_train is not None or multi_label):
-        raise BookError(f"{name}: per_class goes neither with n_train nor with a multi-label task. Use n_train alone.")
-
-    for option, number in {"per_class": per_class, "n_train": n_train, "n_validation": n_validation, "n_test": n_test}.items():
-        if number is not None and number < 1:
-            raise BookError(f"{name}: {option} is {number}, but every split needs at least one document.")
-    needed = n_validation + n_test + (n_train or (per_class or 1) * len(labels))
-    if min(n_validation, n_test) < (2 if multi_label else len(labels)) or needed > len(gold):
-        raise BookError(
-            f"{name} has {len(gold)} documents of {len(labels)} labels: {n_test} for test, {n_validation} for validation and "
-            f"{n_train or (f'{per_class} a class' if per_class else 'the rest')} for training do not fit. "
-            "Each split needs at least one document a label."
-        )
-    published = np.array([document.split for document in documents])
     groups = np.array([document.group for document in documents])
-    index = {part: np.flatnonzero(published == part) for part in SPLITS[1:]}
-    rest = np.flatnonzero(~np.isin(published, SPLITS[1:]))
-    for part, size, share in (("test", n_test, 0.2), ("validation", n_validation, 0.125)):  # an eighth of four fifths
-        if not len(index[part]) and by_group and groups.all():
-            if len(set(groups[rest])) < 2:
-                raise BookError(f"{name}: there are too few groups to split by. Use by_group=False, if it does not mix them.")
-            kept, chosen = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(rest, groups=groups[rest]))
-            index[part], rest = rest[chosen], rest[kept]
-        elif not len(index[part]):
-            if size >= len(rest):
-                raise BookError(f"{name}: {len(rest)} documents can be used for {part}, too few for n_{part}={size}. Lower it.")
-            if not multi_label:
-                label, count = min(Counter(gold[rest].tolist()).items(), key=lambda item: item[1])
-                if count < 2:
-                    raise BookError(
-                        f"{name}: label {labels[label]!r} has too few documents to be in every split. Add some, or drop it."
-                    )
-            stratify = None if multi_label else gold[rest]
-            rest, index[part] = train_test_split(rest, test_size=size, stratify=stratify, random_state=seed)
-        if len(index[part]) < size:
-            raise BookError(f"{name}: {len(index[part])} documents can be used for {part}, fewer than n_{part}={size}. Lower it.")
-        if len(index[part]) > size:
-            index[part] = np.random.default_rng(seed).choice(index[part], size, replace=False)
-    if per_class is not None:
-        rest = _choose(rest, gold, per_class, labels, name, seed)
-    elif n_train is not None:
-        if n_train > len(rest):
-            raise BookError(f"{name}: {len(rest)} documents are left for training, fewer than n_train={n_train}. Lower it.")
-        rest = np.random.default_rng(seed).choice(rest, n_train, replace=False)
-    index["train"] = rest
+    published = np.array([document.split for document in documents])
     splits = {}
-    for part, rows in index.items():
+    for part, rows in split_rows(name, gold, labels, groups, published, **options).items():
         columns = {"text": [documents[row].text for row in rows], "label": gold[rows].tolist()}
         if groups.all():
             columns["group"] = groups[rows].tolist()
@@ -216,7 +154,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
     def shorten(text: str) -> str:
         words = text.split(maxsplit=n)  # n tokens never reach beyond n words
         head = text[: len(text) - len(words[n])] if len(words) > n else text
-        options = dict(add_special_tokens=False, split_special_tokens=True)  # control tokens are text (`base_models.framed`)
+        options = dict(add_special_tokens=False, split_special_tokens=True)  # control tokens are text
         encoded = tokenizer(head, return_offsets_mapping=True, **options)
         offsets = encoded["offset_mapping"]
         if len(offsets) <= n:
@@ -255,20 +193,6 @@ def gold_of(documents: Dataset) -> list:
             "if you only want the probabilities of unlabelled texts."
         )
     return documents["label"]
-
-
-def _choose(rest: np.ndarray, gold: np.ndarray, per_class: int, labels: tuple[str, ...], name: str, seed: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    chosen = []
-    for label, label_name in enumerate(labels):
-        available = rest[gold[rest] == label]
-        if len(available) < per_class:
-            raise BookError(
-                f"{name}: label {label_name!r} has {len(available)} training documents left, fewer than per_class={per_class}. "
-                "Lower per_class, n_validation or n_test."
-            )
-        chosen.append(generator.choice(available, per_class, replace=False))
-    return generator.permutation(np.concatenate(chosen))
 
 
 def _check_label_names(name: str, labels: tuple[str, ...]) -> None:

@@ -92,3 +92,32 @@ def tiny_task():
         ]
         splits[split] = Dataset.from_dict({"text": [text for text, _ in documents], "label": [label for _, label in documents]})
     return Task("tiny", tuple(WORDS), **splits)
+
+
+def random_predictions(seed, n=80, n_labels=4, skill=2.0, name="x", gold=None, **more):
+    """Predictions that are right more often than chance, by `skill`."""
+    import numpy as np
+
+    from helpers.evaluation import Predictions
+
+    generator = np.random.default_rng(seed)
+    gold = generator.integers(n_labels, size=n) if gold is None else gold
+    logits = generator.normal(size=(len(gold), n_labels))
+    logits[np.arange(len(gold)), gold] += skill
+    odds = np.exp(logits)
+    return Predictions(name, tuple(f"label {n}" for n in range(n_labels)), odds / odds.sum(axis=1, keepdims=True), gold, **more)
+
+
+def with_counts(only_a, only_b, both=30, neither=10):
+    """Two classifiers of two labels that disagree as asked."""
+    import numpy as np
+
+    from helpers.evaluation import Predictions
+
+    correct_a = np.repeat([True, False, True, False], [only_a, only_b, both, neither])
+    correct_b = np.repeat([False, True, True, False], [only_a, only_b, both, neither])
+    gold = np.arange(len(correct_a)) % 2
+    return tuple(
+        Predictions(name, ("x", "y"), np.eye(2)[np.where(correct, gold, 1 - gold)], gold)
+        for name, correct in {"a": correct_a, "b": correct_b}.items()
+    )

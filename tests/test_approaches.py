@@ -3,12 +3,15 @@ import pytest
 import torch
 from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from helpers import base_models, embedding_head, instruction, profiles
+from helpers import base_models, instruction, profiles
+from helpers.approach import SUFFIX
 from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
-from helpers.embedding_head import SUFFIX, EmbeddingHead, embed, fit_probe, head_in_float32, load_classifier
+from helpers.embedding_head import EmbeddingHead, float32_head, load_classifier, train_classifier
+from helpers.embeddings import embed, fit_probe
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
 from helpers.instruction import InstructionTuned, LabelTokensTrainer
@@ -88,7 +91,7 @@ def test_encoder_is_trained_whole(tiny_model, tiny_task):
     predictions = approach.predict(tiny_task.train)
     assert predictions.correct.all()
     before = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3).state_dict()
-    after = approach._model.state_dict()
+    after = approach.model.state_dict()
     assert predictions.trainable_parameters == sum(value.numel() for value in after.values())
     assert all((before[name] != after[name]).any() for name in after)
 
@@ -221,14 +224,19 @@ def test_head_stays_in_float32_on_a_bfloat16_base(tiny_model, monkeypatch):
     assert embed(TEXTS, model, tokenizer).dtype == np.float32
 
 
-def test_float32_head_on_a_bfloat16_base_needs_the_hook(tiny_model, tokenizer):
+def test_a_bfloat16_base_needs_a_float32_head_also_under_autocast(tiny_model, tokenizer):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model, dtype=torch.bfloat16, num_labels=2).eval()
     model.score.float()
     batch = tokenizer(TEXTS[:1], return_tensors="pt")
     with pytest.raises(RuntimeError, match="dtype"):
         model(**batch)
-    model.score.register_forward_pre_hook(head_in_float32)
-    assert model(**batch).logits.dtype == torch.float32
+    before = model.score.weight.clone()
+    float32_head(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**batch).logits
+    hidden = model.base_model(**batch).last_hidden_state[:, -1]
+    assert torch.equal(model.score.weight, before) and "score.weight" in model.state_dict()
+    assert logits.dtype == torch.float32 and torch.allclose(logits, hidden.float() @ before.T, atol=1e-3)
 
 
 def test_classifier_pads_with_the_token_of_its_tokenizer(tiny_model):
@@ -370,7 +378,6 @@ def test_faster_trainer_has_the_loss_and_the_gradients_of_the_stock_one(tiny_mod
 
 def test_both_approaches_read_the_same_words(tiny_model):
     assert EmbeddingHead(tiny_model).suffix == InstructionTuned(tiny_model).suffix == FrozenProbe(tiny_model).suffix
-    assert instruction.SUFFIX is embedding_head.SUFFIX
 
 
 def test_faster_trainer_keeps_what_a_model_does_to_its_logits(tokenizer, tmp_path, tiny_task):
@@ -405,3 +412,54 @@ def test_label_scores_do_not_depend_on_padding_with_absolute_positions(tokenizer
     together = score_labels(prompts, labels, model, tokenizer)
     alone = torch.cat([score_labels([prompt], labels, model, tokenizer) for prompt in prompts])
     assert torch.allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [EmbeddingHead, InstructionTuned])
+def test_head_and_instruction_train_float32_adapters_under_the_same_autocast(kind, tiny_model, tiny_task, monkeypatch):
+    profile = profiles.Profile("quick", "cpu", torch.bfloat16, attention="eager")
+    monkeypatch.setattr(profiles, "current", lambda *_: profile)
+    found = []
+
+    def note(trainer, **_):
+        trained = {each.dtype for each in trainer.model.parameters() if each.requires_grad}
+        frozen = {each.dtype for name, each in trainer.model.named_parameters() if "proj.base_layer" in name}
+        found.append((trainer.args.bf16, trained, frozen))
+
+    monkeypatch.setattr(Trainer, "train", note)
+    kind(tiny_model, n_layers=1).fit(tiny_task)
+    assert found == [(True, {torch.float32}, {torch.bfloat16})]
+
+
+def test_adapters_that_trl_casts_on_a_4_bit_model_are_float32_again(tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).bfloat16()
+    model.lm_head.requires_grad_(False)
+    instruction.float32_adapters(model)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert {each.dtype for each in model.parameters() if each.requires_grad} == {torch.float32}
+
+
+def test_accumulated_gradients_of_the_head_are_those_of_one_batch(tiny_model, tiny_task, tmp_path):
+    moved = []
+    for batch_size, accumulated in ((8, 1), (2, 4)):
+        set_seed(0)
+        model, tokenizer = load_classifier(tiny_model, 3)
+        model.base_model.requires_grad_(False)
+        before = model.score.weight.clone()
+        options = dict(optim="sgd", learning_rate=1.0, max_steps=1, lr_scheduler_type="constant", output_dir=str(tmp_path))
+        texts, gold = list(tiny_task.train["text"])[:8], list(tiny_task.train["label"])[:8]
+        accumulation = dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulated)
+        train_classifier(model, tokenizer, texts, gold, save_strategy="no", max_grad_norm=0, **accumulation, **options)
+        moved.append((model.score.weight - before).detach())
+    assert moved[0].abs().max() > 1e-2 and torch.allclose(*moved, atol=1e-4)
+
+
+def test_a_base_that_closes_every_text_is_refused(tiny_model, tiny_task, tmp_path):
+    tokenizer = base_models.load_tokenizer(tiny_model)
+    closing = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = closing
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for kind in (EmbeddingHead, InstructionTuned):
+        with pytest.raises(BookError, match="appends '<|im_end|>' to every text") as caught:
+            kind(str(tmp_path), n_layers=1).fit(tiny_task)
+        assert "\n" not in str(caught.value)

@@ -10,9 +10,10 @@ from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from helpers import base_models
-from helpers.base_models import DEFAULT, EMBEDDED, ENCODER, SHAPES, batches, fetch, load_tokenizer, on_meta, upper_lora
-from helpers.embedding_head import embed
+from helpers.base_models import DEFAULT, EMBEDDED, ENCODER, SHAPES, fetch, load_tokenizer, on_meta, upper_lora
+from helpers.embeddings import embed
 from helpers.errors import BookError
+from helpers.prompts import batches
 
 TEXTS = ["one", "two words and five more words", "three words here", "a", "some words of no great length", "b c"]
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -1,6 +1,7 @@
 """From a file to a verdict: the command, what it leaves behind, and what it refuses to touch."""
 
 import os
+import runpy
 
 import numpy as np
 import pandas as pd
@@ -8,12 +9,11 @@ import pytest
 import yaml
 from conftest import WORDS
 
-from helpers import compare, own_data, runs, tasks
-from helpers.baselines import FineTunedEncoder
-from helpers.embedding_head import EmbeddingHead
+from helpers import corpora, records, tasks
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
-from helpers.instruction import InstructionTuned
+from helpers.lab import compare, own_data, sweeps
+from helpers.lab.approaches import APPROACHES
 
 FLAT = {word: label for label, words in WORDS.items() for word in words}
 
@@ -41,7 +41,12 @@ def file(tmp_path_factory):
 def without_two_baselines(monkeypatch):
     """Those that need a large model: they fail, which has to be said."""
     for name in ("FrozenProbe", "FineTunedEncoder"):
-        monkeypatch.setattr(runs.APPROACHES[name], "fit", lambda self, task: (_ for _ in ()).throw(BookError("not here")))
+        monkeypatch.setattr(APPROACHES[name], "fit", lambda self, task: (_ for _ in ()).throw(BookError("not here")))
+
+
+def sources_of(file, *columns, **options):
+    """The documents of the file as the command reads them."""
+    return compare.sources_of(own_data.cut(own_data.read(file, "text", *columns, **options), None))
 
 
 def command(file, out, tiny_model, *more):
@@ -57,23 +62,24 @@ def test_one_command_from_the_file_to_the_verdict_and_again(file, tiny_model, wi
     assert {"report.md", "table.csv", "records.jsonl", "compared.json", "head", "instruction"} <= set(os.listdir(out))
     report = (out / "report.md").read_text()
     assert "## Verdict" in report and "1 split(s), 30 test documents each" in report
-    records = runs.read(out / "records.jsonl")
-    assert len(records) == 4 and {record["name"] for record in records} >= set(compare.TRAINED)
+    made, sources = records.read(out / "records.jsonl"), sources_of(file, "label")
+    assert len(made) == 4 and {record["name"] for record in made} >= set(compare.TRAINED)
 
     # the table is that of the records, and the adapter is the one that was tested
     table = pd.read_csv(out / "table.csv", index_col=0)
-    for record in records:
+    for record in made:
         assert table.loc[record["name"], "accuracy"] == pytest.approx(100 * record["metrics"]["accuracy"])
         if record["name"] in compare.TRAINED:
             folder = out / compare.TRAINED[record["name"]]
-            task = runs.load_task(record["key"])
-            again = runs.APPROACHES[record["key"]["approach"]].load(folder).predict(task.test)
+            task = sweeps.load_task(record["key"], sources)
+            again = APPROACHES[record["key"]["approach"]].load(folder).predict(task.test)
             assert np.allclose(again.probabilities, record["probabilities"], atol=1e-4)
             card = (folder / "README.md").read_text()
             metadata = yaml.safe_load(card.split("---")[1])
             values = [each["value"] for each in metadata["model-index"][0]["results"][0]["metrics"]]
             assert values == [record["metrics"]["accuracy"], record["metrics"]["macro_f1"]]
             assert f"| accuracy | {100 * record['metrics']['accuracy']:.1f} |" in card and "`sports`" in card
+            assert f'Approach.load("{compare.TRAINED[record["name"]]}")' in card and ".predict_proba([" in card
 
     # a second call makes nothing anew
     before = (out / "records.jsonl").read_bytes()
@@ -88,8 +94,8 @@ def test_several_labels_and_groups(file, tiny_model, without_two_baselines, tmp_
     command(file, out, tiny_model, "--label", "labels", "--group", "who", "--n-test", "8", "--n-validation", "4")
     said = capsys.readouterr().out
     assert "A document can have several labels" in said and "Take **" in said
-    record = runs.read(out / "records.jsonl")[-1]
-    task = runs.load_task(record["key"])
+    record = records.read(out / "records.jsonl")[-1]
+    task = sweeps.load_task(record["key"], sources_of(file, "labels", group="who"))
     assert task.multi_label and len(task.test) == 8
     split = {name: set(getattr(task, name)["group"]) for name in tasks.SPLITS}
     assert not split["train"] & split["test"] and not split["train"] & split["validation"]
@@ -155,7 +161,7 @@ def record(name, wrong, n=400, seconds=1.0, seed=0, validation_wrong=None):
     return {"key": key, "name": name, **more, **said}
 
 
-SVM, HEAD, INSTRUCTION = compare.BASELINES[0], EmbeddingHead.name, InstructionTuned.name
+(SVM, _, ENCODER), HEAD, INSTRUCTION = compare.BASELINES, compare.HEAD, compare.INSTRUCTION
 
 
 @pytest.mark.parametrize(
@@ -169,21 +175,21 @@ SVM, HEAD, INSTRUCTION = compare.BASELINES[0], EmbeddingHead.name, InstructionTu
     ],
 )
 def test_the_verdict_needs_an_interval_behind_it(wrong, seconds, chosen):
-    records = [record(name, n, seconds=seconds.get(name, 0.1)) for name, n in wrong.items()]
-    found, text = compare.verdict(records)
+    made = [record(name, n, seconds=seconds.get(name, 0.1)) for name, n in wrong.items()]
+    found, text = compare.verdict(made)
     assert found == chosen and f"Take **{chosen}**" in text
     assert text.count("at 97.5 %") == 2 and "**MiniLM, fine-tuned** could not be run." in text
 
 
 def test_the_finalists_are_chosen_on_validation_and_a_small_lead_in_speed_does_not_count():
-    records = [
+    made = [
         record(SVM, 100, validation_wrong=90),
-        record(FineTunedEncoder.name, 10, validation_wrong=100),  # better on test, but nobody may look there first
+        record(ENCODER, 10, validation_wrong=100),  # better on test, but nobody may look there first
         record(HEAD, 41, seconds=1.0, validation_wrong=20),
         record(INSTRUCTION, 40, seconds=0.9, validation_wrong=30),
     ]
-    found, text = compare.verdict(records)
-    assert found == HEAD and f"{HEAD} against {SVM}" in text and f"against {FineTunedEncoder.name}" not in text
+    found, text = compare.verdict(made)
+    assert found == HEAD and f"{HEAD} against {SVM}" in text and f"against {ENCODER}" not in text
 
 
 def test_without_an_approach_nothing_is_claimed():
@@ -202,5 +208,26 @@ def test_own_documents_are_cut_before_the_split(file, tiny_model):
     data = own_data.read(file, "text", "label")
     data, keys = compare.plan(data, n_train=20, n_validation=9, n_test=12, seeds=2, base_model=tiny_model)
     assert len(data.documents) == 41 and [key["seed"] for key in keys] == [0] * 6 + [1] * 6
-    task = runs.load_task(keys[0])
+    assert keys[0]["task"] not in corpora.TASKS  # the book's own tasks are not touched
+    task = sweeps.load_task(keys[0], compare.sources_of(data))
     assert {name: len(getattr(task, name)) for name in tasks.SPLITS} == {"train": 20, "validation": 9, "test": 12}
+
+
+@pytest.mark.parametrize("base_model", [None, "tiny"])
+def test_documents_are_cut_by_the_base_model_that_is_compared(file, tiny_model, base_model):
+    options = {} if base_model is None else {"base_model": tiny_model}
+    _, keys = compare.plan(own_data.read(file, "text", "label"), **options)
+    assert {key["options"].get("tokenizer") for key in keys} == {options.get("base_model")}
+    assert {key["settings"].get("base_model") for key in keys} >= set(options.values())
+
+
+def test_an_unknown_size_is_refused(file):
+    with pytest.raises(BookError, match="size 'n_tests'. Did you mean 'n_test'"):
+        compare.plan(own_data.read(file, "text", "label"), n_tests=3)
+
+
+def test_the_command_has_a_door_of_its_old_name(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["compare", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("helpers.compare", run_name="__main__")
+    assert "python -m helpers.compare" in capsys.readouterr().out

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.distillation import DistilledEncoder, DistilledTfidf, distillation_loss, lesson, soften
 from scipy.special import log_softmax, softmax
 
 from helpers import distillation, runs
 from helpers.baselines import FineTunedEncoder
-from helpers.distillation import DistilledEncoder, DistilledTfidf, distillation_loss, lesson, soften
 from helpers.errors import BookError
 from helpers.tasks import Task
 

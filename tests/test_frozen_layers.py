@@ -14,7 +14,7 @@ from transformers import (
 
 from helpers import base_models, frozen_layers
 from helpers.errors import BookError
-from helpers.frozen_layers import computed_once
+from helpers.frozen_layers import cached_lower_layers
 
 SHAPE = dict(
     vocab_size=100,
@@ -73,7 +73,7 @@ def test_losses_and_trained_weights_are_those_of_the_whole_model(model, side):
     fresh = AutoModelForSequenceClassification.from_config(model.config)
     fresh.load_state_dict(state)
     again = adapted(fresh)
-    with computed_once(again, 2):
+    with cached_lower_layers(again, 2):
         losses, ours = train(again, side=side)
     assert losses == pytest.approx(expected, abs=1e-5)
     assert max(losses) - min(losses) > 0.01
@@ -91,7 +91,7 @@ def test_causal_models_too():
     batch = padded(TEXTS)
     with torch.inference_mode():
         expected = model(**batch).logits
-        with computed_once(model, 2):
+        with cached_lower_layers(model, 2):
             first, second = model(**batch).logits, model(**batch).logits
     kept = batch["attention_mask"].bool()
     assert torch.allclose(first[kept], expected[kept], atol=1e-5)
@@ -103,7 +103,7 @@ def test_the_lower_layers_see_each_text_once(model):
     calls = {index: [] for index in range(4)}
     for index, layer in enumerate(model.get_base_model().model.layers):
         layer.register_forward_hook(lambda _, args, out, index=index: calls[index].append(len(args[0])))
-    with computed_once(model, 2):
+    with cached_lower_layers(model, 2):
         for seen in calls.values():  # entering looks at the model
             seen.clear()
         train(model, epochs=3)
@@ -111,7 +111,7 @@ def test_the_lower_layers_see_each_text_once(model):
 
 
 def test_adapters_may_come_within_the_block(model):
-    with computed_once(model, 2):
+    with cached_lower_layers(model, 2):
         wrapped = adapted(model)
         losses, _ = train(wrapped)
     trainable = {name for name, p in wrapped.named_parameters() if p.requires_grad}
@@ -127,7 +127,7 @@ def test_afterwards_the_model_is_whole_also_after_an_error(model, fails):
     with torch.inference_mode():
         expected = model(**padded(TEXTS)).logits
     try:
-        with computed_once(model, 1):
+        with cached_lower_layers(model, 1):
             if fails:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -139,18 +139,18 @@ def test_afterwards_the_model_is_whole_also_after_an_error(model, fails):
 
 def test_none_changes_nothing(model):
     layers = list(model.model.layers)
-    with computed_once(model, None):
+    with cached_lower_layers(model, None):
         assert list(model.model.layers) == layers
-        assert not isinstance(model.model.embed_tokens, frozen_layers.RememberedLayers)
+        assert not isinstance(model.model.embed_tokens, frozen_layers.CachedLayers)
 
 
 def test_what_cannot_be_computed_once_is_refused(model):
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100))
-    with pytest.raises(BookError, match="not built like Llama") as first, computed_once(gpt2, 1):
+    with pytest.raises(BookError, match="not built like Llama") as first, cached_lower_layers(gpt2, 1):
         pass
-    with pytest.raises(BookError, match="adapters below the upper 1 layers") as second, computed_once(adapted(model), 1):
+    with pytest.raises(BookError, match="adapters below the upper 1 layers") as second, cached_lower_layers(adapted(model), 1):
         pass
-    with pytest.raises(BookError, match="n_layers=5 does not fit") as third, computed_once(model, 5):
+    with pytest.raises(BookError, match="n_layers=5 does not fit") as third, cached_lower_layers(model, 5):
         pass
     assert not any("\n" in str(caught.value) for caught in (first, second, third))
 
@@ -162,7 +162,7 @@ def test_a_model_that_scales_its_embeddings_is_refused_and_left_whole():
     batch = padded(TEXTS)
     with torch.inference_mode():
         expected = model(**batch).logits
-    with pytest.raises(BookError, match="GraniteModel is not built like Llama"), computed_once(model, 2):
+    with pytest.raises(BookError, match="GraniteModel is not built like Llama"), cached_lower_layers(model, 2):
         pass
     with torch.inference_mode():
         assert torch.equal(model(**batch).logits, expected)
@@ -173,5 +173,5 @@ def test_padding_tokens_that_the_mask_calls_text_are_text(model, text):
     batch = {"input_ids": torch.tensor([text]), "attention_mask": torch.ones(1, len(text), dtype=torch.long)}
     with torch.inference_mode():
         expected = model.base_model(**batch).last_hidden_state
-        with computed_once(model, 2):
+        with cached_lower_layers(model, 2):
             assert torch.allclose(model.base_model(**batch).last_hidden_state, expected, atol=1e-5)

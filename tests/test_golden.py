@@ -21,8 +21,10 @@ import pytest
 from datasets import Dataset
 
 # The imports from helpers/, under the names used below: this block alone may change, everything else stays as it is.
-from helpers.runs import APPROACHES, groups_of, keys, load_sweep, load_task, missing, provenance, read
-from helpers.runs import test_set as fingerprint_of_test
+from helpers.lab.approaches import APPROACHES
+from helpers.lab.sweeps import groups_of, keys, load_sweep, load_task, missing, provenance
+from helpers.lab.sweeps import test_set as fingerprint_of_test
+from helpers.records import read
 from helpers.tasks import Task
 
 # (end of the imports from helpers/)
@@ -81,7 +83,7 @@ TRAINED = {
     "FrozenProbe": {},
 }
 # scikit-learn ends its search for these probes a step earlier or later, as rounding has it: 2e-4 between one thread and two.
-LESS_EXACT = ("head, several labels", "probe, several labels", "probe with attention, several labels")
+LESS_EXACT = ("head, several labels", "probe, several labels", "probe with attention, several labels", "probe of the mean")
 SAVED = {"head": "EmbeddingHead", "instruction": "InstructionTuned"}  # folders of first_edition/
 BASE_OF_SAVED = "folder-of-the-tiny-model"  # stands in them for the base model's folder
 RERUN_SEEDS = {  # which recorded runs of TF-IDF are made again, in these files

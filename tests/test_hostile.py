@@ -11,11 +11,12 @@ from tokenizers import AddedToken, normalizers
 from transformers import LlamaModel
 
 from helpers import base_models
-from helpers.base_models import check_control_tokens, control_tokens, framed
+from helpers.approach import SUFFIX
 from helpers.baselines import FineTunedEncoder, FrozenProbe
-from helpers.embedding_head import SUFFIX, EmbeddingHead
+from helpers.embedding_head import EmbeddingHead
 from helpers.errors import BookError
 from helpers.instruction import InstructionTuned
+from helpers.prompts import check_control_tokens, control_tokens, sanitize_prompts
 from helpers.tasks import SPLITS, Task, first_tokens
 
 TOKENIZER = base_models.load_tokenizer()
@@ -53,7 +54,7 @@ def test_added_tokens_count_where_the_template_writes_them(own):
     own.add_tokens(["<think>", "<strong>", "\n\n"])
     own.chat_template = "{{ messages[0].content }}\n\n<think>"
     assert set(control_tokens(own)) - set(TOKENS) == {"<think>"}
-    assert framed(["<think> <strong>"], own) == ["< think> <strong>"]
+    assert sanitize_prompts(["<think> <strong>"], own) == ["< think> <strong>"]
 
 
 @pytest.mark.parametrize("token", TOKENS)
@@ -61,7 +62,7 @@ def test_added_tokens_count_where_the_template_writes_them(own):
 def test_no_control_token_of_a_document_arrives_as_one(token, text):
     text = text.replace("{}", token)
     assert steering(text)
-    (prompt,) = framed([text], TOKENIZER, "<|im_start|>user\n", SUFFIX + "<|im_end|>")
+    (prompt,) = sanitize_prompts([text], TOKENIZER, "<|im_start|>user\n", SUFFIX + "<|im_end|>")
     assert steering(prompt) == steering("<|im_start|><|im_end|>")
     assert prompt.replace(" ", "") == f"<|im_start|>user\n{text}{SUFFIX}<|im_end|>".replace(" ", "")
 
@@ -72,14 +73,14 @@ def test_no_control_token_of_a_document_arrives_as_one(token, text):
 )
 def test_none_arises_where_document_and_frame_meet(before, text, after):
     assert steering(before + text + after)
-    assert not steering(framed([text], TOKENIZER, before, after)[0])
+    assert not steering(sanitize_prompts([text], TOKENIZER, before, after)[0])
 
 
 @pytest.mark.parametrize("text", ORDINARY)
 @pytest.mark.parametrize("frame", [("", ""), ("", SUFFIX), ("<|im_start|>user\n<<<\n", "\n>>>\n\nThe topic is")])
 def test_ordinary_documents_keep_exactly_their_ids(text, frame):
     before, after = frame
-    (prompt,) = framed([text], TOKENIZER, before, after)
+    (prompt,) = sanitize_prompts([text], TOKENIZER, before, after)
     assert TOKENIZER(prompt).input_ids == TOKENIZER(before + text + after).input_ids
 
 
@@ -88,14 +89,14 @@ def test_any_mixture_of_pieces():
     pieces = ["<", "|", "<|", "|>", ">", "im_", "start", "end", "endoftext", " ", "repo_name", "name", "re", "file", *TOKENS]
     documents = ["".join(generator.choices(pieces, k=generator.randint(1, 12))) or "x" for _ in range(2000)]
     for before, after in (("", ""), ("<|", "|>"), ("<", ">"), ("<re", "name>")):
-        for document, prompt in zip(documents, framed(documents, TOKENIZER, before, after), strict=True):
+        for document, prompt in zip(documents, sanitize_prompts(documents, TOKENIZER, before, after), strict=True):
             assert not steering(prompt)
             whole = before + document + after
             assert prompt == whole or steering(whole) or any(token in whole for token in TOKENS)
 
 
 def test_framed_takes_no_documents_and_a_tokenizer_without_control_tokens(own):
-    assert framed([], TOKENIZER, "a", "b") == []
+    assert sanitize_prompts([], TOKENIZER, "a", "b") == []
 
     class Plain:
         added_tokens_decoder, all_special_tokens, chat_template = {}, [], None
@@ -107,15 +108,15 @@ def test_framed_takes_no_documents_and_a_tokenizer_without_control_tokens(own):
         def __call__(self, texts):
             return type("", (), {"input_ids": [[1]] * len(texts)})
 
-    assert framed(["<s> a"], Plain(), "b ", "c") == ["b <s> ac"]
+    assert sanitize_prompts(["<s> a"], Plain(), "b ", "c") == ["b <s> ac"]
 
 
 def test_what_cannot_be_broken_is_refused_by_row(own):
     own.add_special_tokens({"additional_special_tokens": [AddedToken("<stop>", normalized=True, special=True)]})
     own.backend_tokenizer.normalizer = normalizers.NFKC()
-    assert not steering(framed(["a <stop>"], own)[0], own)
+    assert not steering(sanitize_prompts(["a <stop>"], own)[0], own)
     with pytest.raises(BookError, match="Text 1 has control tokens of the model that cannot be broken") as caught:
-        framed(["an ordinary one", "\uff1cstop\uff1e"], own)  # the same in wide letters
+        sanitize_prompts(["an ordinary one", "\uff1cstop\uff1e"], own)  # the same in wide letters
     assert "\n" not in str(caught.value)
 
 
@@ -129,10 +130,10 @@ def test_a_frame_that_loses_its_control_tokens_is_refused():
 def test_an_encoder_keeps_its_frame_and_takes_what_it_does_not_know():
     encoder = base_models.load_tokenizer(base_models.ENCODER)
     texts = ["goal [SEP] bank", "[CLS]", "\U0001fae8 unknown", "plain"]
-    encoded = encoder(framed(texts, encoder)).input_ids
+    encoded = encoder(sanitize_prompts(texts, encoder)).input_ids
     separators = [ids.count(encoder.sep_token_id) + ids.count(encoder.cls_token_id) for ids in encoded]
     assert separators == [2, 2, 2, 2]
-    assert framed(texts, encoder)[2:] == texts[2:]
+    assert sanitize_prompts(texts, encoder)[2:] == texts[2:]
 
 
 def hostile(task):
@@ -224,7 +225,7 @@ def test_a_document_is_cut_by_what_will_be_read_of_it(n):
     shorten = first_tokens(TOKENIZER, n)
     text = "<|im_end|>" * 1000
     assert 0 < len(steering(shorten(text))) <= n // 5  # a control token counts as the text it will be
-    assert n <= len(TOKENIZER(framed([shorten(text)], TOKENIZER)[0]).input_ids) <= 1.5 * n
+    assert n <= len(TOKENIZER(sanitize_prompts([shorten(text)], TOKENIZER)[0]).input_ids) <= 1.5 * n
     ids = TOKENIZER(ORDINARY[0] * 20).input_ids
     assert TOKENIZER(shorten(ORDINARY[0] * 20)).input_ids == ids[:n]
 

@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 from helpers import tasks
 from helpers.base_models import load_tokenizer
 from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
-from helpers.embedding_head import EmbeddingHead, fit_probe
+from helpers.corpora import Document
+from helpers.embedding_head import EmbeddingHead
+from helpers.embeddings import fit_probe
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, best_thresholds, compare, evaluate, pool
 from helpers.instruction import InstructionTuned
-from helpers.label_scoring import list_items, score_label_lists, score_questions
-from helpers.sources import Document
+from helpers.lab.approaches import score_questions
+from helpers.label_scoring import list_items, score_label_lists
 from helpers.tasks import Task
 
 SETS = ([1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1])

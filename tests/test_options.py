@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from helpers import profiles
-from helpers.base_models import load_tokenizer, read_both_ways, upper_lora
-from helpers.baselines import AttentionProbe, FrozenProbe
-from helpers.embedding_head import EmbeddingHead, embed, fit_probe
+from helpers.base_models import bidirectional, load_tokenizer, upper_lora
+from helpers.embeddings import embed, fit_probe
 from helpers.errors import BookError
-from helpers.instruction import InstructionTuned, LabelTokensTrainer
+from helpers.lab.approaches import AttentionProbe, EmbeddingHead, FrozenProbe, InstructionTuned, PromptLossTrainer
 
 TEXTS = ["the goal and one coach", "the bank", "one browser for the laptop and the robot", "a"]
 
@@ -38,13 +37,13 @@ def first_token_moves(model, **padding):
 def test_without_the_causal_mask_early_tokens_see_late_ones(tiny_model, padding):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     assert first_token_moves(model, **padding) == 0
-    read_both_ways(model)
+    bidirectional(model)
     assert first_token_moves(model, **padding) > 1e-3
 
 
 def test_read_both_ways_padding_changes_nothing(scorer, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    read_both_ways(model)
+    bidirectional(model)
     alone = np.concatenate([embed([text], model, scorer[1], "mean") for text in TEXTS])
     assert np.allclose(embed(TEXTS, model, scorer[1], "mean"), alone, atol=1e-5)
 
@@ -72,7 +71,7 @@ def test_a_probe_reads_the_layer_it_is_told(tiny_model, tiny_task, scorer):
     ids = torch.tensor([tokenizer(tiny_task.test["text"][0]).input_ids])
     state = model.model(ids, output_hidden_states=True).hidden_states[1]
     expected = model.model.norm(state)[0, -1].detach()
-    assert np.allclose(probe._embed(tiny_task.test)[0], expected, atol=1e-5)
+    assert np.allclose(probe._features(list(tiny_task.test["text"]))[0], expected, atol=1e-5)
     all_layers = [FrozenProbe(tiny_model, layer=layer).fit(tiny_task).predict(tiny_task.test) for layer in (None, 2)]
     assert np.array_equal(all_layers[0].probabilities, all_layers[1].probabilities)
     with pytest.raises(BookError, match="The model has 2 layers, so n_layers=3"):
@@ -104,7 +103,7 @@ def test_precisions_are_those_of_the_profile_or_as_asked(monkeypatch):
         profiles.current("nf5")
 
 
-class Weighted(LabelTokensTrainer):
+class Weighted(PromptLossTrainer):
     def __init__(self, weight):
         self.prompt_loss_weight = weight
 
@@ -150,7 +149,7 @@ def test_chat_is_the_tokenizers_template_with_nothing_before_the_label(tiny_mode
     tuned, (prompt,) = prompts_of(tiny_model, tiny_task, chat=True, suffix="?", verbalizer=words)
     said = [{"role": "user", "content": "some text?"}]
     assert prompt == tuned.tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-    assert tuned._training_examples(tiny_task)["completion"][:3] == ["A", "B", "C"]
+    assert tuned._examples(tiny_task)["completion"][:3] == ["A", "B", "C"]
     logits = tuned.model(torch.tensor([tuned.tokenizer(prompt).input_ids])).logits[0, -1]
     expected = logits[[tuned.tokenizer(letter).input_ids[0] for letter in "ABC"]].softmax(-1)
     said = tuned.predict(Dataset.from_dict({"text": ["some text"], "label": [0]})).probabilities[0]
@@ -184,7 +183,7 @@ def test_shots_stand_before_the_document_and_need_no_training(tiny_model, tiny_t
 def test_a_verbalizer_writes_other_words_for_the_same_labels(tiny_model, tiny_task):
     words = dict(zip(tiny_task.labels, "ABC", strict=True))
     tuned, _ = prompts_of(tiny_model, tiny_task, verbalizer=words)
-    assert tuned._training_examples(tiny_task)["completion"][:3] == [" A", " B", " C"]
+    assert tuned._examples(tiny_task)["completion"][:3] == [" A", " B", " C"]
     said = tuned.predict(tiny_task.test)
     assert said.labels == tiny_task.labels
     plain = InstructionTuned(tiny_model, epochs=0).fit(tiny_task).predict(tiny_task.test)
@@ -246,7 +245,7 @@ def test_a_query_of_zeros_is_mean_pooling():
 def test_a_probe_with_learned_attention_learns_one_and_several_labels(tiny_model, tiny_task):
     one = FrozenProbe(tiny_model, suffix="", pooling="attention").fit(tiny_task)
     said = one.predict(tiny_task.train)
-    assert said.correct.mean() > 0.5 and said.trainable_parameters == one._probe.coef_.size + one._probe.query.size
+    assert said.correct.mean() > 0.5 and said.trainable_parameters == one.probe.coef_.size + one.probe.query.size
     rows = [{"text": row["text"], "label": np.eye(3, dtype=int)[row["label"]].tolist()} for row in tiny_task.train]
-    probe = AttentionProbe.fit(one._embed(tiny_task.train), np.array([row["label"] for row in rows]))
-    assert (probe.logits(one._embed(tiny_task.train)) > 0).shape == (len(rows), 3)
+    probe = AttentionProbe.fit(one._features(list(tiny_task.train["text"])), np.array([row["label"] for row in rows]))
+    assert (probe.logits(one._features(list(tiny_task.train["text"]))) > 0).shape == (len(rows), 3)

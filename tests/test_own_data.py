@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 import pytest
 
-from helpers import own_data
 from helpers.errors import BookError
-from helpers.own_data import read
+from helpers.lab import own_data
+from helpers.lab.own_data import read
 
 NOUNS = "goal market robot player bank virus team price laptop vote match trade phone coach stock worm league chip law"
 LABELS = ("sport", "business", "technology")
@@ -60,6 +61,16 @@ REFUSED = {
     "semicolons, and a column missing": (as_csv(rows(), "text;topic", ";"), "documents.csv", "no column 'label'.* text, topic"),
     "a column twice": (as_csv([(*row, "x") for row in rows()], "text,label,label"), "documents.csv", "two columns 'label'"),
     "a line with too many fields": (as_csv([*rows(), "a,b,c"]), "documents.csv", "line 62: 3 fields between ',' .* has 2"),
+    "a comma at the end of every row": (
+        as_csv([f'"{content}",{label},' for content, label in rows()]),
+        "documents.csv",
+        "line 2: 3 fields between ',' .* has 2",
+    ),
+    "a comma in every text, without quotes": (
+        as_csv([f"{content}, and more,{label}" for content, label in rows()]),
+        "documents.csv",
+        "line 2: 3 fields between ',' .* has 2",
+    ),
     "a line with too few fields": (as_csv([*rows(), "alone"]), "documents.csv", "line 62: 1 fields between ','"),
     "a quote that is never closed": (
         as_csv([*rows(), '"open,sport']),
@@ -83,12 +94,25 @@ REFUSED = {
     "a line that is no JSON": (as_jsonl([*rows(), "{'text': 1}"]), "documents.jsonl", "line 61 is no JSON"),
     "one JSON array": (json.dumps([{"text": "a"}], indent=1), "documents.jsonl", "line 1 is no JSON .* one object a line"),
     "a JSON line that is a list": (as_jsonl(['["a"]']), "documents.jsonl", "line 1 is no JSON object"),
-    "JSON objects as labels": (as_jsonl(relabelled(lambda *_: {"a": 1})), "documents.jsonl", "line 1: the label is"),
+    "JSON objects as labels": (as_jsonl(relabelled(lambda *_: {"a": 1})), "documents.jsonl", "line 1: 'label' holds .* no name"),
     "JSON lists as texts": (as_jsonl([(["a", "b"], "sport")]), "documents.jsonl", "line 1: 'text' holds .* no text"),
     "lists and names as labels": (
         as_jsonl([("a b", ["sport"]), ("c d", "sport")]),
         "documents.jsonl",
         "line 2: 'label' holds 's",
+    ),
+    "lists as text, and names": (
+        as_csv([("a b", "['sport', 'business']"), ("c d", "sport")]),
+        "documents.csv",
+        "line 3: 'label' holds 'sport', while other rows have lists",
+    ),
+    "an object as text": (as_csv([("a b", "{'sport': 1}")]), "documents.csv", "line 2: 'label' holds .* lists of names"),
+    "a number of too many digits for Python": (as_jsonl([*rows(), "1" * 5000]), "documents.jsonl", "line 61 is no JSON"),
+    "objects in objects without end": (as_jsonl([*rows(), '{"a":' * 10**5]), "documents.jsonl", "line 61 is no JSON"),
+    "Latin-1 with the line ends of an old Mac": (
+        as_csv([*rows(), ("caf\xe9", "sport")]).replace("\n", "\r").encode("latin-1"),
+        "documents.csv",
+        "line 62: byte 0xe9 is no UTF-8",
     ),
     "Parquet that is none": (GOOD, "documents.parquet", "cannot be read as Parquet"),
 }
@@ -108,7 +132,7 @@ def test_no_file_and_no_file_but_a_folder(write, tmp_path):
     write(GOOD, "others.csv")
     with pytest.raises(BookError, match="There is no file .*documents.csv. There is others.csv."):
         read(tmp_path / "documents.csv", "text", "label")
-    with pytest.raises(BookError, match="is a folder. Give the file in it."):
+    with pytest.raises(BookError, match="There is no file .*. There is others.csv."):
         read(tmp_path, "text", "label")
     with pytest.raises(BookError, match="'text' is named twice"):
         read(tmp_path / "others.csv", "text", "text")
@@ -128,6 +152,40 @@ WARNED = {
     "copies": (as_csv([*rows(), *rows(5)]), "5 of 65 documents are copies", 60),
     "copies in other case": (as_csv([*rows(), (text(0).upper(), "sport")]), "1 of 61 documents are copies", 60),
     "near copies": (as_csv([*rows(), (text(0) + "!", "sport")]), "1 document nearly the same as another one", 60),
+    "near copies with another label": (as_csv([*rows(), (text(0) + "!", "business")]), None, 61),
+    "texts that one letter tells apart": (
+        as_csv([(f"a long notice on the delivery of a class {each} item", each) for each in "AB"] + rows()),
+        None,
+        62,
+    ),
+    "texts that one digit tells apart, with one label": (as_csv([(f"ward {n}", "sport") for n in range(9)] + rows()), None, 69),
+    "half a character": (
+        as_jsonl([*rows(), (text(70) + " \ud83d", "sport")]),
+        "1 row with half a character, replaced by \ufffd, first line 61",
+        61,
+    ),
+    "a label that is composed and decomposed": (
+        as_csv(relabelled(lambda n, old: ("Caf\u00e9", "Cafe\u0301", "Hafen")[n % 3])),
+        None,
+        60,
+    ),
+    "a text that is composed and decomposed": (
+        as_csv([*rows(), ("der Caf\u00e9", "sport"), ("der Cafe\u0301", "sport")]),
+        "1 of 62 documents are copies",
+        61,
+    ),
+    "names that pandas takes for missing values": (
+        as_csv(relabelled(lambda n, old: ("EU", "NULL", "N/A")[n % 3])),
+        "'NULL' is taken for a label",
+        60,
+    ),
+    "whole numbers that a missing one made 1.0": (
+        as_csv(relabelled(lambda n, old: f"{n % 3}.0")),
+        "Labels are numbers, such as '0'",
+        60,
+    ),
+    "numbers with leading zeros": (as_csv(relabelled(lambda n, old: f"00{n % 3}")), "Labels are numbers, such as '000'", 60),
+    "labels in brackets": (as_csv(relabelled(lambda n, old: f"[{old}]")), None, 60),
     "the same text with two labels": (as_csv([*rows(), (text(0), "business")]), "1 text with different labels: left out", 59),
     "labels out of balance": (
         as_csv([(text(n), "sport" if n % 30 else "business") for n in range(90)]),
@@ -146,8 +204,8 @@ WARNED = {
 @pytest.mark.parametrize("case", WARNED)
 def test_done_and_named(case, write):
     content, said, n = WARNED[case]
-    data = read(write(content), "text", "label")
-    assert len(data.documents) == n
+    data = read(write(content, f"documents.{'jsonl' if content.startswith('{') else 'csv'}"), "text", "label")
+    assert len(data.documents) == n and not data.multi_label
     assert all("\n" not in line and len(line) < 200 for line in data.warnings)
     assert len(data.warnings) == (said is not None)
     if said:
@@ -161,14 +219,21 @@ def test_done_and_named(case, write):
         (GOOD.replace("\n", "\r\n"), "documents.csv"),
         ("\ufeff" + GOOD, "documents.CSV"),
         (GOOD.encode("utf-16"), "documents.csv"),
+        (GOOD.replace("\n", "\r"), "documents.csv"),
+        (as_csv([(str(n), *row) for n, row in enumerate(rows())], '"ticket\n(auto)",text,label'), "documents.csv"),
+        ("\n\n" + GOOD, "documents [2024].csv"),
         (as_csv(rows(), "text;label", ";"), "documents.csv"),
         (as_csv(rows(), "text\tlabel", "\t"), "documents.tsv"),
         (as_csv([(*row, "x") for row in rows()], "text,label,more"), "documents.csv"),
         (as_jsonl(rows()) + "\n\n", "documents.jsonl"),
     ],
-    ids=["utf-8", "windows lines", "byte order mark", "utf-16", "semicolons", "tabs", "another column", "json lines"],
+    ids=[
+        *("utf-8", "windows lines", "byte order mark", "utf-16", "mac lines", "header breaks", "brackets in its name"),
+        *("semicolons", "tabs", "another column", "json lines"),
+    ],
 )
 def test_the_same_documents_in_every_form(content, name, write):
+    write("text,label\nanother,file\n", "documents 2.csv")  # which a pattern would find
     data = read(write(content, name), "text", "label")
     assert [(each.text, each.label) for each in data.documents] == rows() and data.warnings == ()
     assert data.in_words == "Each document has one label: 'label' has 3 of them." and not data.multi_label
@@ -181,6 +246,11 @@ def test_parquet_and_text_over_several_lines(tmp_path, write):
     assert read(tmp_path / "documents.parquet", "text", "label").documents == read(write(GOOD), "text", "label").documents
     several = read(write(GOOD.replace(" and ", "\nand ")), "text", "label")
     assert several.documents == read(write(GOOD), "text", "label").documents
+    frame.astype("category").to_parquet(tmp_path / "category.parquet")
+    view = pyarrow.table({name: pyarrow.array(frame[name]).cast(pyarrow.string_view()) for name in frame})
+    pyarrow.parquet.write_table(view, tmp_path / "view.parquet")
+    for name in ("category", "view"):
+        assert read(tmp_path / f"{name}.parquet", "text", "label").documents == several.documents
     frame.assign(label=[1.0, np.nan, 2.0] * 20).to_parquet(tmp_path / "numbers.parquet")
     numbers = read(tmp_path / "numbers.parquet", "text", "label")
     assert numbers.labels == {"1": 20, "2": 20} and numbers.warnings[0] == "20 rows without label left out, first row 1."
@@ -210,19 +280,55 @@ def test_several_labels_are_found_out_in_every_form(write):
         write(as_csv([(a, sign.join(b)) for a, b in zip(texts, wanted, strict=True)]), f"{n}.csv") for n, sign in enumerate(";|,")
     ]
     lists = write(as_jsonl([(a, list(b)) for a, b in zip(texts, wanted, strict=True)]), "lists.jsonl")
+    texts_of_lists = [
+        write(pd.DataFrame({"text": texts, "label": [as_written(each) for each in wanted]}).to_csv(), f"written{n}.csv")
+        for n, as_written in enumerate((list, np.array, tuple, set, json.dumps, lambda names: f"[{', '.join(names)}]"))
+    ]
     ones = [(a, *(str(int(label in b)) for label in LABELS)) for a, b in zip(texts, wanted, strict=True)]
     columns = write(as_csv(ones, ",".join(("text", *LABELS))), "columns.csv")
-    for path, label in [*((path, "label") for path in joined), (lists, "label"), (columns, list(LABELS))]:
+    for path, label in [*((path, "label") for path in (*joined, *texts_of_lists)), (lists, "label"), (columns, list(LABELS))]:
         data = read(path, "text", label)
         assert data.multi_label and data.in_words.startswith("A document can have several labels")
         assert [each.label for each in data.documents] == wanted
     single = read(joined[0], "text", "label", multi_label=False)
     assert not single.multi_label and len(single.labels) == 5
     wrong = write(as_csv([*ones, (text(60), "0", "x", "1")], ",".join(("text", *LABELS))), "wrong.csv")
-    with pytest.raises(
-        BookError, match="wrong.csv, line 62: label column 'business' holds 'x'. Write 1 where it applies, else 0"
-    ):
+    with pytest.raises(BookError, match="wrong.csv, line 62: 'business' holds 'x', not 0 or 1. Write 1 where"):
         read(wrong, "text", list(LABELS))
+
+
+def test_lists_of_one_label_can_be_single_labels(write):
+    path = write(as_jsonl(relabelled(lambda n, old: [old])), "documents.jsonl")
+    assert read(path, "text", "label").multi_label
+    assert read(path, "text", "label", multi_label=False).documents == read(write(GOOD), "text", "label").documents
+    path = write(as_jsonl(relabelled(lambda n, old: [old, "new"] if n else [old])), "documents.jsonl")
+    with pytest.raises(BookError, match="line 2: 'label' holds .* its documents can have several labels"):
+        read(path, "text", "label", multi_label=False)
+
+
+def test_columns_of_ones_that_a_missing_cell_made_floats(write):
+    lines = [(content, f"{n % 2}.0", "True" if n % 3 else "") for n, (content, _) in enumerate(rows())]
+    data = read(write(as_csv(lines, "text,sport,business")), "text", ["sport", "business"])
+    assert data.documents[1].label == ("business", "sport") and data.documents[0].label == ()
+
+
+SENTENCES = {
+    "Hindi": "\u0930\u093e\u092e {} \u0915\u0940 \u0915\u093f\u0924\u093e\u092c \u092a\u0922\u093c\u0924\u093e \u0939\u0948",
+    "Chinese": "\u6211\u4eec\u5728{}\u770b\u5230\u4e86\u4e00\u8258\u8239",
+    "emoji": "\U0001f600 {} \U0001f680",
+}
+THINGS = {
+    "Hindi": ["रा", "री", "रु", "रू", "रे", "रै", "रो", "रौ"],
+    "Chinese": ["港口", "厨房", "花园", "市场", "学校", "医院", "银行", "车站"],
+    "emoji": ["🍎", "🍏", "🍐", "🍑", "🍒", "🍓", "🍇", "🍈"],
+}
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_no_script_makes_different_texts_near_copies(script, write):
+    texts = [SENTENCES[script].format(f"{a} {b}") for a in THINGS[script] for b in THINGS[script] if a < b]
+    data = read(write(as_csv([(each, "ab"[n % 2]) for n, each in enumerate(texts)])), "text", "label")
+    assert len(data.documents) == len(texts) and data.warnings == ()
 
 
 def test_a_comma_in_a_name_is_no_list(write):

@@ -15,7 +15,7 @@ from IPython.display import Markdown
 from matplotlib.colors import same_color
 from PIL import Image
 
-from helpers.plots import PALETTE, dot_plot, keep, set_style, with_alt_text
+from helpers.plots import PALETTE, dot_plot, glue, set_style, with_alt_text
 
 RESULTS = pd.DataFrame(
     {
@@ -98,7 +98,7 @@ def test_a_colour_that_is_rare_is_kept():
 def test_keep_shows_the_value_under_its_name(monkeypatch):
     shown = []
     monkeypatch.setattr("helpers.plots.display", lambda data, raw, metadata: shown.append((data, raw, metadata)))
-    keep("answer", 42)
+    glue("answer", 42)
     ((data, raw, metadata),) = shown
     assert data["text/plain"] == "42" and raw
     assert metadata["scrapbook"] == {"name": "answer", "mime_prefix": ""}
@@ -107,5 +107,5 @@ def test_keep_shows_the_value_under_its_name(monkeypatch):
 def test_kept_markdown_can_be_pasted_as_html(monkeypatch):
     shown = []
     monkeypatch.setattr("helpers.plots.display", lambda data, raw, metadata: shown.append(data))
-    keep("answer", Markdown("**42** documents"))
+    glue("answer", Markdown("**42** documents"))
     assert shown[0]["text/html"].strip() == "<p><strong>42</strong> documents</p>"

@@ -136,12 +136,12 @@ def test_the_summary_counts_what_the_sentences_say(ablations):
 
 
 def test_what_is_not_yet_run_is_said(ablations):
-    from helpers import runs
+    from helpers.lab import sweeps
 
     verdict = "".join(ablations["ablations_verdict"]["text/markdown"])
     said = re.search(r"\*\*Not yet run:\*\* (.*)\.", verdict)[1].split(", ")
     for name in ("lora", "precision", "learning_rate", "prompts", "calibration"):
-        assert (name in said) == bool(runs.missing(BOOK / "results" / f"{name}.yaml")), name
+        assert (name in said) == bool(sweeps.missing(BOOK / "results" / f"{name}.yaml")), name
 
 
 def test_calibration_is_that_of_the_records(ablations):
@@ -222,7 +222,7 @@ def test_what_is_made_of_records_is_compared_at_every_run(chapter):
     import nbformat
 
     for cell in nbformat.read(BOOK / f"{chapter}.ipynb", 4).cells:
-        if cell.cell_type == "code" and "keep(" in cell.source and "with_alt_text" not in cell.source:
+        if cell.cell_type == "code" and "glue(" in cell.source and "with_alt_text" not in cell.source:
             assert "nbval-check-output" in cell.metadata.get("tags", []), cell.source[:80]
 
 

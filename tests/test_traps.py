@@ -24,11 +24,12 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, label_scoring, profiles, tasks
-from helpers.embedding_head import EmbeddingHead, embed, load_classifier, train_classifier
+from helpers.corpora import Document
+from helpers.embedding_head import EmbeddingHead, load_classifier, train_classifier
+from helpers.embeddings import embed
 from helpers.evaluation import Predictions, best_thresholds, evaluate
 from helpers.instruction import InstructionTuned
 from helpers.label_scoring import label_tokens, score_labels
-from helpers.sources import Document
 from helpers.tasks import Task
 
 SHORT, LONG = "shares rose", "the striker scored twice in the second half of the final"

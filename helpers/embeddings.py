@@ -1,0 +1,79 @@
+"""One vector a text from a frozen model, and a probe on such vectors (chapters 01 and 04)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers import prompts
+from helpers.errors import unknown_name
+
+C = 0.1  # of the probes: inverse strength of their penalty, as scikit-learn has it
+
+
+@torch.inference_mode()
+def hidden_states(
+    texts: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Final-layer hidden states, batch by batch of texts of like length.
+
+    Yields:
+        `(rows, hidden, mask)`: indices into `texts`, states of shape (len(rows), n_tokens, hidden_size), and the attention mask,
+        (len(rows), n_tokens), with the padding on the right.
+    """
+    for rows, batch in prompts.batches(texts, tokenizer, batch_size):
+        batch = batch.to(model.device)
+        yield rows, model.base_model(**batch, use_cache=False).last_hidden_state, batch.attention_mask
+
+
+def embed(
+    texts: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pooling: str = "last",
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Final-layer hidden states pooled to one vector a text, shape (n_texts, hidden_size), float32.
+
+    Args:
+        model: any model with a `base_model`; nothing in it is changed.
+        pooling: `last`, the last token that is not padding; `mean` or `max`, over all tokens that are not padding.
+    """
+    if pooling not in ("last", "mean", "max"):
+        raise unknown_name("pooling", pooling, ("last", "mean", "max"))
+    vectors = np.empty((len(texts), model.config.get_text_config().hidden_size), dtype=np.float32)
+    for rows, hidden, mask in hidden_states(texts, model, tokenizer, batch_size):
+        if pooling == "last":
+            pooled = hidden[torch.arange(len(rows)), mask.sum(1) - 1]
+        elif pooling == "mean":
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        else:
+            pooled = hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
+        vectors[rows] = pooled.float().cpu().numpy()
+    return vectors
+
+
+def fit_probe(embeddings: np.ndarray, gold: np.ndarray) -> LogisticRegression:
+    """Logistic regression without an intercept, so that its coefficients fit the stock head, which has none.
+
+    Args:
+        embeddings: shape (n_documents, hidden_size), from `embed`.
+        gold: shape (n_documents,); multi-label (n_documents, n_labels), zeros and ones: one regression a label.
+
+    Returns:
+        The fitted probe; `coef_` has the shape (n_labels, hidden_size), one row a label, also for two labels.
+    """
+    if gold.ndim == 2:
+        probes = [fit_probe(embeddings, column) if np.ptp(column) else None for column in gold.T]
+        probe = LogisticRegression(C=C, fit_intercept=False)
+        # the two rows of a label's own probe are halves of the same plane; a label that all documents have starts at zero
+        probe.coef_ = np.array([np.zeros(embeddings.shape[1]) if one is None else one.coef_[1] - one.coef_[0] for one in probes])
+        probe.intercept_ = np.zeros(len(probe.coef_))
+        return probe
+    probe = LogisticRegression(C=C, fit_intercept=False, max_iter=5000).fit(embeddings, gold)
+    if len(probe.coef_) == 1:  # scikit-learn keeps one row for two labels: w for the second, 0 for the first
+        probe.coef_ = np.concatenate([-probe.coef_ / 2, probe.coef_ / 2])
+        probe.intercept_ = np.zeros(2)
+    return probe

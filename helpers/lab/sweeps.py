@@ -1,0 +1,313 @@
+"""Make recorded runs: python -m helpers.lab.sweeps book/results/side_by_side.yaml."""
+
+import argparse
+import ctypes
+import gc
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from datasets import Dataset
+from filelock import FileLock
+from sklearn.model_selection import ParameterGrid
+from tqdm.auto import tqdm
+
+from helpers import base_models, corpora, profiles, records, splits, tasks
+from helpers.errors import BookError, unknown_name
+from helpers.evaluation import Predictions, evaluate, measure
+from helpers.lab.approaches import APPROACHES
+
+Sources = Mapping[str, corpora.Source]
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "scikit-learn")
+CONTENT_FREE = ("N/A", "[MASK]", "...")  # what contextual calibration asks about (Zhao et al. 2021, arXiv 2102.09690)
+_COST = ("training_seconds", "seconds", "documents_per_second", "tokens", "peak_memory", "trainable_parameters")
+_SWEEP = ("tasks", "seeds", "approaches", "validation", "base_model", "full")
+_SPLIT = {name for name, each in inspect.signature(splits.split_rows).parameters.items() if each.kind is each.KEYWORD_ONLY}
+_OPTIONS = {"words", "tokens", *_SPLIT} - {"seed"} | {"conflicting"}
+
+
+def provenance() -> dict:
+    """What made a record: device, threads, how it computes, library versions, commit (None without git) and date."""
+    profile, here = profiles.current(), Path(__file__).parent
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
+    return {
+        "device": torch.cuda.get_device_name() if profile.device == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "dtype": str(profile.dtype).removeprefix("torch."),
+        "quantization": "NF4" if profile.quantization else None,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "attention": getattr(profile, "attention", None),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "commit": commit or None,
+        "date": date.today().isoformat(),
+    }
+
+
+def other_versions(made: Iterable[dict]) -> list[str]:
+    """One line for every library version that made some of these records and is not the one installed here."""
+    here = {name: version(name).split("+")[0] for name in LIBRARIES}
+    counts = Counter(item for record in made for item in record["provenance"]["versions"].items())
+    others = {(name, then): n for (name, then), n in counts.items() if then.split("+")[0] != here.get(name)}
+    return [f"{n} records were made with {name} {then}; here it is {here.get(name)}." for (name, then), n in others.items()]
+
+
+def append(path: str | Path, record: dict) -> bool:
+    """Add `record` to the file, unless it holds the same run already; returns whether it was added.
+
+    The new file is written beside the old one and put in its place at once, under a lock: whenever the process dies, the
+    file has the record or does not have it, and two processes can write to it. A torn last line goes.
+    """
+    path = Path(path)
+    with FileLock(f"{path}.lock"):
+        before = records.read(path)
+        if any(record["key"] == each["key"] for each in before):
+            return False
+        written = path.with_name(f"{path.name}.tmp")
+        with open(written, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in [*before, record])
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(path)
+    return True
+
+
+def load_task(key: dict, sources: Sources = corpora.TASKS) -> tasks.Task:
+    """The task of a run, read from `sources`, in the splits of its seed.
+
+    The options `words` and `tokens` say what is read of each document, tokens being those of the base model `tokenizer`.
+    """
+    options, source = dict(key["options"]), sources[key["task"]]
+    tokenizer = options.pop("tokenizer", base_models.DEFAULT)
+    if "words" in options:
+        options["shorten"] = tasks.first_words(options.pop("words"))
+    if "tokens" in options:
+        options["shorten"] = tasks.first_tokens(base_models.load_tokenizer(tokenizer), options.pop("tokens"))
+    return tasks.split(key["task"], source.read(), **{"conflicting": source.conflicting, "seed": key["seed"], **options})
+
+
+def test_set(task: tasks.Task) -> str:
+    """A fingerprint of the test documents with their labels: equal only for the same documents in the same order."""
+    rows = [[document["label"], document["text"]] for document in task.test]
+    return hashlib.sha256(json.dumps([task.labels, rows], ensure_ascii=False).encode()).hexdigest()
+
+
+def groups_of(task: tasks.Task) -> list[str]:
+    """For each test document a short fingerprint of its group, or of its text: equal for the same one in other splits."""
+    column = "group" if "group" in task.test.column_names else "text"
+    return [hashlib.sha256(each.encode()).hexdigest()[:8] for each in task.test[column]]
+
+
+def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TASKS) -> dict:
+    """Make one run and return its record.
+
+    Args:
+        key: of `keys`; with `validation`, predictions for validation documents and `CONTENT_FREE` texts are recorded too.
+        save: a folder for what was trained.
+        sources: see `load_task`.
+    """
+    give_back_memory()  # so that the peak is that of this run
+    made_with, task = provenance(), load_task(key, sources)  # what can go wrong does so before the training
+    with measure() as training:
+        approach = APPROACHES[key["approach"]](**key["settings"]).fit(task)
+    if save is not None:
+        approach.save(save)
+    found = replace(approach.predict(task.test), test_set=test_set(task), groups=np.array(groups_of(task)))
+    cost = {name: getattr(found, name) for name in _COST}
+    cost |= {"training_peak_memory": training.peak_memory, "adapter_bytes": _adapter_bytes(approach)}
+    cost |= {"tokens_per_second": found.tokens / found.seconds if found.tokens else None}
+    more = {}
+    if key.get("validation"):
+        blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][: len(CONTENT_FREE)]})
+        asked = {"validation": task.validation, "content_free": blank}
+        more = {name: _written(approach.predict(documents)) for name, documents in asked.items()}
+    record = {
+        "key": key,
+        "name": found.approach,
+        "content_hash": task.content_hash(),
+        "test_set": found.test_set,
+        "labels": found.labels,
+        "metrics": None,
+        "cost": cost,
+        "provenance": made_with,
+        "groups": found.groups.tolist(),
+        **_written(found),
+        **more,
+    }
+    return record | {"metrics": evaluate(records.predictions_of(record))}  # of what is recorded, rounded as it is
+
+
+def _written(predictions: Predictions) -> dict:
+    return {"gold": predictions.gold.tolist(), "probabilities": predictions.probabilities.round(5).tolist()}
+
+
+def _adapter_bytes(approach) -> int | None:
+    """What a trained adapter and its head take on disk; None where there is no adapter."""
+    if not hasattr(getattr(approach, "model", None), "peft_config"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        approach.model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def give_back_memory() -> None:
+    """Return what earlier runs in this process held to the system, as far as it lets us."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # in glibc only
+
+
+def keys(sweep: dict, sources: Sources = corpora.TASKS) -> list[dict]:
+    """Every run of a sweep, each once: task by task and seed by seed, all approaches in all their settings.
+
+    Args:
+        sweep: `tasks` and `approaches`, lists of `name: options`, where a list as an approach's option is tried value by value;
+            `seeds`; and optionally `validation: true`, see `run`; `base_model`, for every approach that has the book's, its
+            tokenizer cutting the documents for all approaches alike; `full`, what is different under the full profile.
+        sources: see `load_task`.
+
+    Raises:
+        BookError: an unknown or missing entry, task, option, approach or setting; the nearest is suggested.
+    """
+    profile = profiles.current().name
+    sweep = checked(sweep, "entry of a sweep", _SWEEP)
+    different = checked(sweep.pop("full", None), "entry of `full`", _SWEEP[:-1])
+    sweep |= different if profile == "full" else {}
+    for entry in _SWEEP[:3]:
+        if not isinstance(sweep.get(entry), list) or not sweep[entry]:
+            raise BookError(f"A sweep needs {entry!r}, a list with one entry or more. It has {sweep.get(entry)!r}.")
+    base_model = sweep.get("base_model") or base_models.DEFAULT
+    if not isinstance(base_model, str):
+        raise BookError(f"A sweep has one base_model, not {base_model!r}. Write a list at the approaches instead.")
+    found = []
+    for task, seed, approach in itertools.product(sweep["tasks"], sweep["seeds"], sweep["approaches"]):
+        (task, options), (name, settings) = _named(task), _named(approach)
+        if task not in sources:
+            raise unknown_name("task", task, sources)
+        if name not in APPROACHES:
+            raise unknown_name("approach", name, APPROACHES)
+        defaults = {each.name: each.default for each in fields(APPROACHES[name])}
+        options = checked(options, "option of a task", _OPTIONS)
+        settings = checked(settings, f"setting of {name}", defaults)
+        if "tokens" in options and base_model != base_models.DEFAULT:
+            options["tokenizer"] = base_model
+        if defaults.get("base_model") == base_models.DEFAULT:
+            settings.setdefault("base_model", base_model)
+        settings |= {"seed": seed} if "seed" in defaults else {}
+        for one in ParameterGrid({name: value if isinstance(value, list) else [value] for name, value in settings.items()}):
+            # all settings, so that a record does not count any more when a default has changed
+            complete = asdict(APPROACHES[name](**one))
+            key = {"approach": name, "settings": complete, "task": task, "options": options, "seed": seed, "profile": profile}
+            key |= {"validation": True} if sweep.get("validation") else {}
+            if key not in found:
+                found.append(key)
+    return found
+
+
+def missing(sweep: str | Path, path: str | Path | None = None) -> list[dict]:
+    """The runs of a sweep file that `path` (or the file beside it) does not hold yet; BookError: no sweep, or damaged records."""
+    done = [record["key"] for record in records.read(path or Path(sweep).with_suffix(".jsonl"))]
+    return [key for key in keys(load_sweep(Path(sweep))) if key not in done]
+
+
+def make(
+    to_do: list[dict], path: str | Path, save: Callable | None = None, progress: bool = True, sources: Sources = corpora.TASKS
+) -> list[str]:
+    """Make runs one after the other, each recorded in `path` as soon as it is done; a line for each that failed is returned.
+
+    Args:
+        save: gives for a key the folder for what its run trains, or None.
+        progress: show a bar.
+        sources: see `load_task`.
+    """
+    failed = []
+    bar = tqdm(to_do, unit="run", disable=not progress)
+    for key in bar:
+        bar.set_postfix_str(records.title(key))
+        if key in [record["key"] for record in records.read(path)]:
+            continue  # another process made it
+        try:
+            append(path, run(key, save(key) if save else None, sources))
+        except Exception as error:
+            failed.append(f"{records.title(key)}: {type(error).__name__}: {error}")
+            tqdm.write(failed[-1], file=sys.stderr)
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the runs of a sweep that are not recorded yet. Stop it whenever you like: it goes on where it was."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.lab.sweeps", description=main.__doc__)
+    parser.add_argument("sweep", type=Path, help="a YAML file; the records go beside it, as .jsonl")
+    parser.add_argument("--out", type=Path, help="the records' file, if it is another one")
+    parser.add_argument("--list", action="store_true", help="only say what is recorded and what is not")
+    given = parser.parse_args(arguments)
+    path = given.out or given.sweep.with_suffix(".jsonl")
+    try:
+        wanted, to_do = keys(load_sweep(given.sweep)), missing(given.sweep, path)
+        made = [record for record in records.read(path) if record["key"] in wanted]
+        print(f"{path}: {len(made)} of {len(wanted)} runs are recorded", *other_versions(made), sep="\n")
+        if given.list:
+            print(*(f"not yet run: {records.title(key)}" for key in to_do), sep="\n")
+            return
+        failed = make(to_do, path)
+    except BookError as error:
+        sys.exit(str(error))
+    if failed:
+        sys.exit(f"{len(failed)} of {len(to_do)} runs failed; the others are recorded.")
+    print(f"{path}: all {len(wanted)} runs are recorded")
+
+
+def load_sweep(sweep: Path) -> dict:
+    """What a sweep file holds; BookError if it cannot be read, or is no YAML with entries."""
+    try:
+        found = yaml.safe_load(sweep.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BookError(f"{sweep} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise BookError(f"{sweep} is no sweep: it needs the entries {', '.join(_SWEEP[:3])}.")
+    return found
+
+
+def checked(given: dict | None, kind: str, known: Iterable[str]) -> dict:
+    """A copy of `given`, an empty one of None; BookError if it is no dictionary, or has a name that is not in `known`."""
+    if not isinstance(given or {}, dict):
+        raise BookError(f"Each {kind} is written as `name: value`, not {given!r}.")
+    for name in given or {}:
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    return dict(given or {})
+
+
+def _named(entry: dict | str) -> tuple[str, dict | None]:
+    """`- name: options` or just `- name`."""
+    if isinstance(entry, str):
+        return entry, None
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise BookError(f"A task or an approach is written as `- name: {{option: value}}`, not {entry!r}.")
+    return next(iter(entry.items()))
+
+
+if __name__ == "__main__":
+    main()
