@@ -16,7 +16,7 @@ BOOK = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(BOOK.parent))
 os.chdir(BOOK)
 
-from helpers import runs  # noqa: E402
+from helpers.lab import approaches, sweeps  # noqa: E402
 
 RECORDS = "results/full_fine_tuning.jsonl"
 SWEEP = {
@@ -42,8 +42,8 @@ def main() -> None:
     for cell in nbformat.read("03_lora.ipynb", as_version=4).cells:
         if "recorded" in cell.metadata.get("tags", []):
             exec(cell.source, names)
-    runs.APPROACHES["FullFineTuning"] = names["FullFineTuning"]
-    failed = runs.make(runs.keys(SWEEP), RECORDS)
+    approaches.APPROACHES["FullFineTuning"] = names["FullFineTuning"]
+    failed = sweeps.make(sweeps.keys(SWEEP), RECORDS)
     if failed:
         sys.exit("\n".join(failed))
 

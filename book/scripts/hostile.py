@@ -19,9 +19,10 @@ BOOK = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(BOOK.parent))
 os.chdir(BOOK)
 
-from helpers import profiles, runs  # noqa: E402
+from helpers import profiles, records  # noqa: E402
 from helpers.evaluation import Predictions, evaluate, measure  # noqa: E402
 from helpers.instruction import InstructionTuned  # noqa: E402
+from helpers.lab import sweeps  # noqa: E402
 
 CHAPTER, RECORDS = "hostile_documents.ipynb", Path("results/hostile.jsonl")
 KEPT = (
@@ -80,7 +81,7 @@ def main() -> None:
                 "profile": profiles.current().name,
                 "defences": defences,
             }
-            done = [record["key"] for record in runs.read(RECORDS)]
+            done = [record["key"] for record in records.read(RECORDS)]
             keys = {
                 name: {**key, "documents": name}
                 for name in chapter["sets"][defences]
@@ -88,9 +89,9 @@ def main() -> None:
             to_do = [name for name in keys if keys[name] not in done]
             if not to_do:
                 continue
-            assert runs.load_task(key).content_hash() == task.content_hash(), (
-                "the options above are not those of the chapter"
-            )
+            assert (
+                sweeps.load_task(key).content_hash() == task.content_hash()
+            ), "the options above are not those of the chapter"
             approach.fit(chapter["trained_on"][defences])
             for name in to_do:
                 documents = chapter["sets"][defences][name]
@@ -109,19 +110,20 @@ def main() -> None:
                     "trained_on": chapter["trained_on"][
                         defences
                     ].content_hash(),
-                    "test_set": runs.test_set(replace(task, test=documents)),
+                    "test_set": sweeps.test_set(replace(task, test=documents)),
                     "labels": said.labels,
                     "metrics": None,
                     "cost": {each: getattr(said, each) for each in KEPT},
-                    "provenance": runs.provenance(),
+                    "provenance": sweeps.provenance(),
                     "groups": None,
                     "gold": said.gold.tolist(),
                     "probabilities": said.probabilities.round(5).tolist(),
                     **more,
                 }
-                runs.append(
+                sweeps.append(
                     RECORDS,
-                    record | {"metrics": evaluate(runs.predictions_of(record))},
+                    record
+                    | {"metrics": evaluate(records.predictions_of(record))},
                 )
                 print(
                     f"{defences}, {said.approach}, {name}: recorded", flush=True
