@@ -1,0 +1,226 @@
+"""Recipes of training side by side: same model, same documents; seconds, bytes and losses of each are recorded (chapter 09).
+
+python -m helpers.lab.benchmark book/benchmarks/one_gpu.yaml
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit, Params4bit
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from helpers import base_models, profiles
+from helpers.errors import BookError
+from helpers.instruction import LabelTokensTrainer, float32_adapters
+from helpers.lab.memory import N_LABELS, Recipe, adapted, allocated, check_fits, count_step, held, materialize
+from helpers.lab.sweeps import append, checked, give_back_memory, load_sweep, provenance
+from helpers.records import read
+
+LABEL_TOKENS = 3  # of the documents below
+_ENTRIES = ("shapes", "lengths", "approaches", "precision", "batch_size", "rank", "steps", "seed", "recipes")
+# Fields that `Recipe` had when records were made, and what they were: part of a record's key, so that it is known again.
+_FORMER = {"compile": False, "liger": False}
+
+
+def random_model(shape: str, approach: str, precision: str, seed: int = 0) -> PreTrainedModel:
+    """A model with random weights, which costs the same bytes and seconds as a trained one, and needs no download.
+
+    `shape` is what `base_models.shape_of` takes. With `nf4` the linear layers of the blocks are quantized (twice), each as soon
+    as it is made: the whole model is never there in 16 bits.
+    """
+    device, dtype = profiles.current().device, torch.float32 if precision == "float32" else torch.bfloat16
+    config = base_models.shape_of(shape)
+    config.num_labels, config.use_cache, config.pad_token_id = N_LABELS, False, config.pad_token_id or 0
+    kind = transformers.AutoModelForSequenceClassification if approach == "head" else transformers.AutoModelForCausalLM
+    with init_empty_weights():  # weights on the meta device, buffers real
+        model = kind.from_config(config, dtype=dtype)
+    model.tie_weights()
+    for name, layer in list(model.base_model.named_modules()):
+        if precision == "nf4" and isinstance(layer, torch.nn.Linear):
+            sizes = layer.in_features, layer.out_features, layer.bias is not None
+            model.base_model.set_submodule(name, Linear4bit(*sizes, dtype, quant_type="nf4", device="meta"))
+
+    def draw(name: str, like: torch.Tensor) -> torch.Tensor:
+        new = torch.empty(like.shape, dtype=dtype, device=device)
+        new = new.normal_(std=config.initializer_range) if new.ndim > 1 else new.fill_(name == "weight")  # norms, biases
+        if not isinstance(like, Params4bit):
+            return new
+        return Params4bit(new, requires_grad=False, quant_type="nf4", module=like.module).to(device)
+
+    set_seed(seed)
+    materialize(model, draw)
+    return model.to(device)
+
+
+def documents(n: int, longest: int, vocabulary: int, seed: int = 0) -> Dataset:
+    """`n` documents of random tokens: `input_ids`, `length`, `label`; half as long as `longest` in the middle, none longer."""
+    draw = np.random.default_rng(seed)
+    lengths = np.clip(draw.lognormal(np.log(longest / 2), 0.6, n), LABEL_TOKENS + 2, longest).astype(int)
+    lengths[-1] = longest
+    ids = [draw.integers(10, vocabulary, length).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "length": lengths, "label": draw.integers(0, N_LABELS, n)})
+
+
+class _Clock(TrainerCallback):
+    """Moments at which steps begin and end, one after the other."""
+
+    def __init__(self) -> None:
+        self.moments = []
+
+    def on_step_begin(self, *arguments, **options) -> None:
+        if profiles.current().device == "cuda":
+            torch.cuda.synchronize()
+        self.moments.append(time.perf_counter())
+
+    on_step_end = on_step_begin
+
+
+def train(
+    model: PeftModel, approach: str, precision: str, recipe: Recipe, texts: Dataset, *, batch_size: int, learning_rate: float
+) -> tuple[list[float], list[float]]:
+    """Train on one pass over `texts` with the stock trainers, set as `recipe` says; the losses and the seconds of its steps."""
+    clock, tokenizer = _Clock(), base_models.load_tokenizer()  # only its padding is used
+    with tempfile.TemporaryDirectory() as folder:
+        always = dict(num_train_epochs=1, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", seed=0)
+        options = dict(
+            output_dir=folder,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            optim=recipe.optim,
+            bf16=precision != "float32",  # not by model.dtype: kbit preparation makes that float32
+            train_sampling_strategy=recipe.sampling,
+            activation_checkpointing=recipe.checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": recipe.reentrant},
+            use_cpu=profiles.current().device == "cpu",
+            report_to="none",
+            disable_tqdm=True,
+            **always,
+        )
+        if approach == "head":
+            texts, collator = texts.rename_column("label", "labels"), transformers.DataCollatorWithPadding(tokenizer)
+        else:
+            texts, collator = texts.map(_add_labels, remove_columns="label"), transformers.DataCollatorForSeq2Seq(tokenizer)
+        if approach == "head" or recipe.loss == "all":
+            trainer = Trainer(model, TrainingArguments(**options), data_collator=collator, train_dataset=texts)
+        else:
+            kind = SFTTrainer if recipe.loss == "trl" else LabelTokensTrainer
+            settings = SFTConfig(**options, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+            trainer = kind(model, settings, train_dataset=texts, processing_class=tokenizer)
+            if recipe.float32_adapters:
+                float32_adapters(trainer.model)
+        trainer.add_callback(clock)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, np.diff(clock.moments)[::2].tolist()
+
+
+def _add_labels(row: dict) -> dict:
+    ids = row["input_ids"]
+    return {"labels": [-100] * (len(ids) - LABEL_TOKENS) + ids[-LABEL_TOKENS:]}
+
+
+def run(key: dict) -> dict:
+    """Measure a recipe, `key` being one of `keys`, and return its record.
+
+    The peak is that of two steps on documents that are all as long as the longest; losses and seconds are those of `steps`
+    steps on documents of mixed lengths, the first two steps left out of the rate.
+
+    Raises:
+        BookError: the batch cannot fit into the memory of the GPU.
+    """
+    give_back_memory()
+    shape, approach, precision, batch_size = (key[name] for name in ("shape", "approach", "precision", "batch_size"))
+    recipe = Recipe(**{name: value for name, value in key["recipe"].items() if (name, value) not in _FORMER.items()})
+    options = {name: key[name] for name in ("batch_size", "length", "rank", "precision")} | {"recipe": recipe}
+    counted = count_step(shape, approach, **options, label_tokens=LABEL_TOKENS)
+    if profiles.current().device == "cuda":
+        check_fits(shape, approach, torch.cuda.get_device_properties(0).total_memory, **options)
+    model = random_model(shape, approach, precision, key["seed"])
+    vocabulary = min(model.config.vocab_size, len(base_models.load_tokenizer()))
+    model = adapted(model, approach, precision, key["rank"], recipe)
+    frozen, trained = held(model)
+    longest = documents(2 * batch_size, 2, vocabulary).map(lambda row: {"input_ids": [10] * key["length"]})
+    with allocated() as cost:
+        train(model, approach, precision, recipe, longest, batch_size=batch_size, learning_rate=0.0)
+    texts = documents(key["steps"] * batch_size, key["length"], vocabulary, key["seed"])
+    losses, seconds = train(model, approach, precision, recipe, texts, batch_size=batch_size, learning_rate=5e-4)
+    return {
+        "key": key,
+        "counted": counted,
+        "held": {"frozen": frozen, "trained": trained},
+        "peak": frozen + trained + cost.peak,
+        "losses": losses,
+        "seconds": seconds,
+        "documents_per_second": batch_size * len(seconds[2:]) / sum(seconds[2:]),
+        "provenance": provenance() | {"dtype": None, "quantization": None},
+    }
+
+
+def keys(sweep: dict) -> list[dict]:
+    """Every run of a benchmark file: all shapes, lengths and approaches, recipe by recipe.
+
+    Args:
+        sweep: all of `_ENTRIES`; `recipes` is a list of `name: {field of Recipe: value}`, each on top of the one before; and
+            `full`, what is different under the full profile.
+
+    Raises:
+        BookError: an unknown or a missing entry, or an unknown field of a recipe.
+    """
+    profile = profiles.current().name
+    sweep = checked(sweep, "entry of a benchmark", (*_ENTRIES, "full"))
+    different = checked(sweep.pop("full", None), "entry of `full`", _ENTRIES)
+    sweep |= different if profile == "full" else {}
+    if lacking := [name for name in _ENTRIES if name not in sweep]:
+        raise BookError(f"The benchmark lacks the entry {lacking[0]!r}.")
+    if sweep["steps"] < 3:
+        raise BookError(f"steps is {sweep['steps']}, but the first two are left out of the seconds: give 3 or more.")
+    same = {name: sweep[name] for name in ("precision", "batch_size", "rank", "steps", "seed")} | {"profile": profile}
+    found = []
+    for shape, length, approach in itertools.product(sweep["shapes"], sweep["lengths"], sweep["approaches"]):
+        recipe, seen = asdict(Recipe()), []
+        for name, changed in itertools.chain(*(entry.items() for entry in sweep["recipes"])):
+            recipe = recipe | checked(changed, "field of a recipe", recipe)
+            made = asdict(Recipe(**recipe)) | ({"loss": Recipe().loss} if approach == "head" else {}) | _FORMER
+            if made not in seen:  # the loss is a matter of instruction tuning
+                seen.append(made)
+                found.append({"shape": shape, "length": length, "approach": approach, "name": name, "recipe": made} | same)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is not recorded yet. Stop it whenever you like: it goes on where it was."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.lab.benchmark", description=main.__doc__)
+    parser.add_argument("benchmark", type=Path, help="a YAML file; the records go beside it, as .jsonl")
+    file = parser.parse_args(arguments).benchmark
+    path, failed = file.with_suffix(".jsonl"), 0
+    try:
+        wanted, done = keys(load_sweep(file)), [record["key"] for record in read(path)]
+    except BookError as error:
+        sys.exit(str(error))
+    for key in tqdm([key for key in wanted if key not in done], unit="run"):
+        try:
+            append(path, run(key))
+        except (BookError, torch.OutOfMemoryError) as error:
+            failed += 1
+            tqdm.write(f"{key}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+    if failed:
+        sys.exit(f"{failed} of {len(wanted)} runs failed; the others are recorded.")
+    print(f"{path}: all {len(wanted)} runs are recorded")
+
+
+if __name__ == "__main__":
+    main()
