@@ -86,9 +86,10 @@ def answer(scorer, line):
     [said] = scorer.score([text])
     return {
         "label": scorer.labels[said.argmax()],
-        "probabilities": dict(
-            zip(scorer.labels, map(float, said.round(4)), strict=True)
-        ),
+        "probabilities": {
+            label: round(float(each), 4)
+            for label, each in zip(scorer.labels, said, strict=True)
+        },
     }
 
 
