@@ -259,12 +259,40 @@ def test_chapter_10_says_of_every_student_what_its_records_say():
     def macro_f1(record):
         return f1_score(record["gold"], np.array(record["probabilities"]).argmax(1), average="macro")
 
-    def mean(side):
+    def mean(side, of=macro_f1):
         assert [record["key"]["seed"] for record in side] == [0, 1, 2]
-        return 100 * np.mean([macro_f1(record) for record in side])
+        return 100 * np.mean([of(record) for record in side])
 
-    stored = stored_table(glued_in("10_distil_and_serve")["students"])
-    teacher = mean([r for r in records("teachers") if r["key"]["approach"] == "EmbeddingHead"])
+    def unseen(record):
+        """On the validation documents that no student learns from."""
+        gold, said = (np.array(record["validation"][name])[-200:] for name in ("gold", "probabilities"))
+        return f1_score(gold, said.argmax(1), average="macro")
+
+    def of_counts(counts):
+        """Macro-F1 of a confusion matrix of five labels."""
+        counts = counts.reshape(5, 5)
+        return np.mean(2 * np.diag(counts) / (counts.sum(0) + counts.sum(1)))
+
+    def interval(side):
+        """Of what is kept: whole groups are drawn, the same ones for both and under all seeds."""
+        rows = {}
+        for seed, (record, its) in enumerate(zip(side, taught, strict=True)):
+            said, heard = (np.array(each["probabilities"]).argmax(1) for each in (record, its))
+            for group, *row in zip(record["groups"], record["gold"], said, heard, strict=True):
+                rows.setdefault(group, []).append((seed, *row))
+        groups, draw, kept = list(rows.values()), np.random.default_rng(1), []
+        for _ in range(400):
+            drawn = np.array([row for n in draw.integers(len(groups), size=len(groups)) for row in groups[n]])
+            each = [drawn[drawn[:, 0] == seed].T for seed in range(3)]
+            ours, its = (np.mean([of_counts(np.bincount(5 * a[1] + a[which], minlength=25)) for a in each]) for which in (2, 3))
+            kept.append(100 * ours / its)
+        return np.quantile(kept, [0.025, 0.975])
+
+    glued = glued_in("10_distil_and_serve")
+    stored = stored_table(glued["students"])
+    taught = [r for r in records("teachers") if r["key"]["approach"] == "EmbeddingHead"]
+    teacher = mean(taught)
+    recomputed = {}
     names = {row for row, _ in stored}
     assert float(stored["teacher: embedding head + LoRA", "macro-F1"]) == pytest.approx(teacher, abs=0.06)
     for name in names - {"teacher: embedding head + LoRA"}:
@@ -276,3 +304,14 @@ def test_chapter_10_says_of_every_student_what_its_records_say():
             side = [r for r in side if r["key"]["settings"]["temperature"] == float(temperature[1] if temperature else 2)]
         assert float(stored[name, "macro-F1"]) == pytest.approx(mean(side), abs=0.06)
         assert float(stored[name, "kept %"]) == pytest.approx(100 * mean(side) / teacher, abs=0.06)
+        assert float(stored[name, "validation"]) == pytest.approx(mean(side, unseen), abs=0.06)
+        recomputed[name] = side
+    speed = stored_table(glued["speed"])
+    fast = [name for name in recomputed if float(speed[name, "times the teacher"]) >= 100]
+    for key, among in {"fast": fast, "best": list(recomputed)}.items():  # the two that the text names
+        chosen = max(among, key=lambda name: float(stored[name, "validation"]))
+        low, high = interval(recomputed[chosen])
+        for part, expected in {"from": low, "to": high}.items():
+            said = float("".join(glued[f"{key}_{part}"]["text/plain"]))
+            assert said == pytest.approx(expected, abs=0.4)
+            assert float(stored[chosen, part]) == pytest.approx(said, abs=0.06)

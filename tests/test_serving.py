@@ -4,9 +4,13 @@ import csv
 import inspect
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -15,9 +19,8 @@ from accelerate.commands.config.config_args import ClusterConfig
 from conftest import BOOK
 from transformers import AutoModelForSequenceClassification
 
-from helpers import base_models, export, tasks
+from helpers import base_models, tasks
 from helpers.embedding_head import EmbeddingHead
-from helpers.errors import BookError
 
 SCRIPTS = BOOK / "scripts"
 TEXTS = ["the goal and one trophy again", "a bank", "the robot and one chip " * 20, "stock"]
@@ -30,11 +33,23 @@ def trained(tiny_model, tiny_task):
 
 
 @pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
-    merged = trained.model.merge_and_unload()
-    folder = tmp_path_factory.mktemp("exported")
-    full = export.to_onnx(merged, trained.tokenizer, trained.labels, folder / "full", trained.suffix)
-    return merged, full, export.to_int8(full, folder / "int8")
+def export():
+    """The functions of chapter 10's cell that exports; what the cell does with them is left out."""
+    cells = nbformat.read(BOOK / "10_distil_and_serve.ipynb", 4).cells
+    [code] = [cell.source for cell in cells if "export" in cell.metadata.get("tags", [])]
+    imports = "import json, logging, torch, warnings\nfrom onnxruntime.quantization import QuantType, quantize_dynamic\n"
+    names = {}
+    exec(imports + code[: code.index("\n\n\nlogging.disable")], names)
+    return SimpleNamespace(to_onnx=names["to_onnx"], to_int8=names["to_int8"])
+
+
+@pytest.fixture(scope="module")
+def exported(export, trained, tmp_path_factory):
+    merged, folder = trained.model.merge_and_unload(), tmp_path_factory.mktemp("exported")
+    full, int8 = folder / "full", folder / "int8"
+    export.to_onnx(merged, trained.tokenizer, trained.labels, full, trained.suffix)
+    export.to_int8(full, int8)
+    return merged, full, int8
 
 
 def expected(model, approach, texts):
@@ -70,20 +85,25 @@ def test_the_script_reads_control_tokens_of_a_document_as_text(exported):
     assert None not in control and not control & set(ids)
 
 
-def test_an_encoder_is_exported_like_a_decoder(tmp_path):
+def test_an_encoder_is_exported_like_a_decoder_and_reads_the_tokens_that_it_is_told(export, tmp_path):
     tokenizer = base_models.load_tokenizer(base_models.ENCODER)
     model = AutoModelForSequenceClassification.from_pretrained(
         base_models.fetch(base_models.ENCODER), num_labels=3, num_hidden_layers=1, dtype="float32"
-    ).eval()
-    folder = export.to_onnx(model, tokenizer, ("a", "b", "c"), tmp_path / "encoder")
-    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    )
+    export.to_onnx(model, tokenizer, ("a", "b", "c"), tmp_path / "encoder", tokens=4)
+    cut = tasks.first_tokens(tokenizer, 4)
+    assert cut(TEXTS[1]) == TEXTS[1] and cut(TEXTS[2]) != TEXTS[2]
+    batch = tokenizer([cut(text) for text in TEXTS], padding=True, return_tensors="pt")
     with torch.inference_mode():
         want = model(**batch).logits.softmax(-1).numpy()
-    assert np.allclose(scorer(folder).score(TEXTS), want, atol=1e-5)
+    assert np.allclose(scorer(tmp_path / "encoder").score(TEXTS), want, atol=1e-5)
 
 
 def test_documents_are_cut_as_in_training_and_the_suffix_is_kept(exported, trained, tmp_path):
-    folder = export.to_onnx(exported[0], trained.tokenizer, trained.labels, tmp_path / "cut", trained.suffix, tokens=3)
+    folder = shutil.copytree(exported[1], tmp_path / "cut")
+    known = json.loads((folder / "labels.json").read_text())
+    assert known["suffix"] == trained.suffix and known["tokens"] is None
+    (folder / "labels.json").write_text(json.dumps(known | {"tokens": 3}))
     cut = tasks.first_tokens(trained.tokenizer, 3)
     assert scorer(folder).cut("") == "" and cut(TEXTS[2]) != TEXTS[2]
     want = expected(exported[0], trained, [cut(text) for text in TEXTS])
@@ -119,23 +139,13 @@ def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trai
     assert wrong.returncode == 1 and wrong.stderr.startswith("Give the folder of an exported classifier")
 
 
-def test_what_cannot_be_exported_is_refused(trained, exported, tmp_path):
-    model, full, _ = exported
-    with pytest.raises(BookError, match="holds something already"):
-        export.to_onnx(model, trained.tokenizer, trained.labels, full)
-    with pytest.raises(BookError, match="holds something already"):
-        export.to_int8(full, full)
-    with pytest.raises(BookError, match="holds no model.onnx"):
-        export.to_int8(tmp_path, tmp_path / "out")
-    with pytest.raises(BookError, match="The weights are torch.bfloat16"):
-        half = AutoModelForSequenceClassification.from_pretrained(trained.base_model, dtype=torch.bfloat16)
-        export.to_onnx(half, trained.tokenizer, trained.labels, tmp_path / "half")
-
-
-def launch(processes, documents, base, out, *more):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(SCRIPTS / "two_cpus.yaml")]
-    command += ["--num_processes", str(processes), str(SCRIPTS / "train.py"), str(documents), "--base", base, "--out", str(out)]
-    return subprocess.run([*command, *more], capture_output=True, text=True, env=ALONE, timeout=300)
+def begun(processes, documents, base, out, *more):
+    """A training that runs."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(SCRIPTS / "two_cpus.yaml")]
+    launcher += ["--num_processes", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(SCRIPTS / "train.py"), str(documents)]
+    command += ["--base", base, "--out", str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE)
 
 
 @pytest.fixture
@@ -149,12 +159,13 @@ def documents(tiny_task, tmp_path):
 
 
 def test_two_processes_have_the_losses_of_one(documents, tiny_model, tmp_path):
+    options = ("--batch-size", "4", "--epochs", "2", "--rank", "4", "--learning-rate", "1e-2")
+    running = {n: begun(n, documents, tiny_model, tmp_path / str(n), *options) for n in (1, 2)}  # at the same time
     losses = {}
-    for processes in (1, 2):
+    for processes, training in running.items():
+        _, errors = training.communicate(timeout=600)
+        assert training.returncode == 0, errors[-2000:]
         out = tmp_path / str(processes)
-        options = ("--batch-size", "4", "--epochs", "2", "--rank", "4", "--learning-rate", "1e-2")
-        done = launch(processes, documents, tiny_model, out, *options)
-        assert done.returncode == 0, done.stderr[-2000:]
         said = json.loads((out / "losses.json").read_text())
         assert said["processes"] == processes
         losses[processes] = said["losses"]
@@ -163,12 +174,23 @@ def test_two_processes_have_the_losses_of_one(documents, tiny_model, tmp_path):
     assert losses[2] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_batch_that_cannot_be_shared_and_a_file_without_labels_are_refused(documents, tiny_model, tmp_path):
-    done = launch(2, documents, tiny_model, tmp_path / "out", "--batch-size", "3")
-    assert done.returncode != 0 and "--batch-size 3 cannot be shared by 2 processes" in done.stderr
-    documents.write_text("text,class\na,b\n")
-    done = launch(1, documents, tiny_model, tmp_path / "out")
-    assert done.returncode != 0 and "has no column 'label', only text, class" in done.stderr
+@pytest.mark.parametrize(
+    ("processes", "content", "message"),
+    [
+        (2, "text,label\na,b\n", "--batch-size 3 cannot be shared by 2 processes"),
+        (1, "text,class\na,b\n", "has no column 'label', only text, class"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_and_a_file_without_labels_are_refused(
+    processes, content, message, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "documents.csv").write_text(content)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=processes))
+    given = ["train.py", str(tmp_path / "documents.csv"), "--base", "none", "--out", str(tmp_path / "out"), "--batch-size", "3"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPTS / "train.py"))
+    assert message in capsys.readouterr().err
 
 
 def test_accelerate_reads_the_configuration_for_several_gpus():
