@@ -25,6 +25,18 @@ ENCODER = "10_distil_and_serve"
 DECODERS = ("04_embedding_head", "05_instruction_tuning", "07_multi_label")
 MULTI = ("07_multi_label",)
 
+
+@pytest.fixture(scope="session")
+def short_encoder(tmp_path_factory):
+    """The encoder's lowest two blocks, which train in seconds."""
+    from transformers import AutoModel, AutoTokenizer
+
+    whole, folder = base_models.fetch(base_models.ENCODER), tmp_path_factory.mktemp("short") / "encoder"
+    AutoModel.from_pretrained(whole, num_hidden_layers=2).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
+    return folder
+
+
 every_recipe = pytest.mark.parametrize("chapter", CHAPTERS)
 
 # Letters to a bicycle shop. Two labels have their first word in common, one looks like a missing value; texts have quotes,
@@ -139,7 +151,7 @@ def parameters_of(chapter):
     if chapter.startswith("01"):
         return {}
     if chapter == ENCODER:
-        return {"MAX_TOKENS": 32, "MORE": None}
+        return {"MAX_TOKENS": 32, "MORE": None, "LEARNING_RATE": 1e-3}
     few_steps = {"LEARNING_RATE": 1e-3} if chapter.startswith("05") else {}
     return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", **few_steps}
 
@@ -188,7 +200,6 @@ def six_blocks(tmp_path_factory):
 def of_foreign_documents(chapter, tmp_path, base, single):
     """What the recipe prints in training, and another process with what was saved: the same answer."""
     rows, n_used = foreign(single=single)
-    base = base_models.fetch(base_models.ENCODER) if chapter == ENCODER else base
     first, again = trained_and_used(chapter, tmp_path, base, rows, **parameters_of(chapter))
     assert first[0].startswith(f"{n_used} of {len(rows)} rows; the others are empty")
     assert first[-2] == again[-1]
@@ -196,8 +207,8 @@ def of_foreign_documents(chapter, tmp_path, base, single):
 
 
 @pytest.mark.parametrize("chapter", SINGLE)
-def test_recipe_makes_a_classifier_of_other_documents(chapter, tmp_path, six_blocks):
-    first, again = of_foreign_documents(chapter, tmp_path, six_blocks, single=True)
+def test_recipe_makes_a_classifier_of_other_documents(chapter, tmp_path, six_blocks, short_encoder):
+    first, again = of_foreign_documents(chapter, tmp_path, short_encoder if chapter == ENCODER else six_blocks, single=True)
     assert first[-1].endswith(("the same answers", "the same logits", "the same scores", "the same answers as PyTorch"))
     if chapter.startswith("05"):  # six blocks learn to say labels in so few steps, but not yet which
         losses = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", "\n".join(first))]
@@ -247,13 +258,15 @@ def test_recipe_takes_two_labels_and_a_tokenizer_that_pads_with_the_end(chapter,
     assert len(heads) == (0 if chapter.startswith("05") else 1)
 
 
-def test_recipe_of_a_student_learns_from_a_teachers_labels_and_is_not_tested_on_them(tmp_path):
+def test_recipe_of_a_student_learns_from_a_teachers_labels_and_is_not_tested_on_them(tmp_path, short_encoder):
     """Two texts of the second file are useless: one that people have labelled, and one with a label that nobody knows."""
     rows, n_used = foreign(single=True)
     more = [(f"A teacher read of {word}", label) for label in WORDS for word in WORDS[label]]
     write_csv(tmp_path / "teacher.csv", [*more, rows[0], ("of something else", "unheard of")])
-    base = base_models.fetch(base_models.ENCODER)
-    first, _ = trained_and_used(ENCODER, tmp_path, base, rows, MORE="teacher.csv", EPOCHS=1, MAX_TOKENS=32)
+    write_csv(tmp_path / "post.csv", rows)
+    given = {"TEXT": COLUMNS[0], "LABEL": COLUMNS[1], "OUT": "sorted letters", "NEW_TEXT": NEW, "MAX_TOKENS": 32}
+    code = values_replaced(code_of(CHAPTERS[ENCODER]), DATA="post.csv", MORE="teacher.csv", EPOCHS=1, **given)
+    first = run(tmp_path, "recipe.py", code, short_encoder)
     assert first[2] == f"{len(more)} texts more have a teacher's label"
     [tested] = [int(line.split()[-1]) for line in first if line.strip().startswith("macro avg")]
     assert tested == -(-n_used // 5)
