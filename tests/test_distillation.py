@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers.distillation import DistilledEncoder, DistilledTfidf, distillation_loss, lesson, soften
 from scipy.special import log_softmax, softmax
 
-from helpers import distillation, runs
 from helpers.baselines import FineTunedEncoder
 from helpers.errors import BookError
+from helpers.lab import approaches, sweeps
+from helpers.lab.approaches import DistilledEncoder, DistilledTfidf, distillation_loss, soften, training_targets
 from helpers.tasks import Task
 
 
 @pytest.fixture
 def taught(tiny_task, tmp_path, monkeypatch):
     """A task, and the records of a teacher that is sure of the opposite of what the labels say."""
-    monkeypatch.setattr(distillation, "KEPT", 2)
+    monkeypatch.setattr(approaches, "KEPT", 2)
     n, n_labels = len(tiny_task.validation), len(tiny_task.labels)
     said = np.full((n, n_labels), 0.1 / (n_labels - 1))
     said[np.arange(n), (np.array(tiny_task.validation["label"]) + 1) % n_labels] = 0.9
@@ -56,9 +56,9 @@ def test_the_loss_is_the_divergence_and_its_gradient_does_not_fade_with_the_temp
     assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
 
 
-def test_a_lesson_has_the_labels_of_training_documents_and_never_those_of_others(taught):
+def test_training_targets_have_the_labels_of_training_documents_and_never_those_of_others(taught):
     task, teacher, said = taught
-    texts, probabilities = lesson(task, teacher, "EmbeddingHead", 0)
+    texts, probabilities = training_targets(task, teacher, "EmbeddingHead", 0)
     n = len(task.train)
     assert texts == [*task.train["text"], *task.validation["text"][:-2]]
     assert (probabilities[:n] == np.eye(len(task.labels))[task.train["label"]]).all()
@@ -96,18 +96,18 @@ def test_fewer_layers_are_fewer_weights(tiny_task, tiny_model):
 def test_a_teacher_that_was_not_recorded_is_named(taught):
     task, teacher, _ = taught
     with pytest.raises(BookError, match="teachers.jsonl has no record of EmbeddingHead with seed 1 on these documents"):
-        lesson(task, teacher, "EmbeddingHead", 1)
+        training_targets(task, teacher, "EmbeddingHead", 1)
     other = Task("other", task.labels, task.test, task.validation, task.train)
     with pytest.raises(BookError, match="no record of EmbeddingHead with seed 0 on these documents"):
-        lesson(other, teacher, "EmbeddingHead", 0)
+        training_targets(other, teacher, "EmbeddingHead", 0)
     few = Task("few", task.labels, task.train, Dataset.from_dict(task.validation[:2]), task.test)
     with pytest.raises(BookError, match="more than 2 validation documents"):
-        lesson(few, teacher, "EmbeddingHead", 0)
+        training_targets(few, teacher, "EmbeddingHead", 0)
 
 
 def test_the_sweep_of_students_asks_for_the_teachers_documents():
-    results = distillation.RESULTS
-    students, teachers = (runs.keys(runs.load_sweep(results / f"{name}.yaml")) for name in ("distillation", "teachers"))
+    results = approaches.RESULTS
+    students, teachers = (sweeps.keys(sweeps.load_sweep(results / f"{name}.yaml")) for name in ("distillation", "teachers"))
     documents = {(key["task"], str(key["options"]), key["seed"]) for key in teachers}
     assert {(key["task"], str(key["options"]), key["seed"]) for key in students} == documents
     assert {key["settings"]["of"] for key in students if "of" in key["settings"]} <= {key["approach"] for key in teachers}

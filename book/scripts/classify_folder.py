@@ -10,7 +10,6 @@ in the out folder already is left alone, so a run that was stopped goes on.
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
@@ -20,12 +19,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
-from datasets import Dataset
 
 BOOK = Path(__file__).resolve().parents[2]  # the folder that holds `helpers`
 sys.path.insert(0, str(BOOK))
 
-from helpers import profiles, runs, tasks  # noqa: E402
+from helpers import profiles, tasks  # noqa: E402
+from helpers.approach import Approach  # noqa: E402
 from helpers.errors import BookError  # noqa: E402
 
 ADDED = ("predicted", "probabilities")
@@ -41,15 +40,8 @@ RAY = {
 
 def load(saved):
     """The approach in a folder, and what gives its probabilities of texts."""
-    described = json.loads((saved / "approach.json").read_text("utf-8"))
-    approach = runs.APPROACHES[described["approach"]].load(saved)
-    unknown = [0] * len(approach.labels) if approach.multi_label else 0
-
-    def predict_proba(texts):
-        rows = {"text": texts, "label": [unknown] * len(texts)}
-        return approach.predict(Dataset.from_dict(rows)).probabilities
-
-    return approach, predict_proba
+    approach = Approach.load(saved)
+    return approach, approach.predict_proba
 
 
 class Classifier:
