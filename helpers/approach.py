@@ -34,11 +34,7 @@ _NOTE = "approach.json"  # what was saved
 class Approach:
     """A classifier of text, with scikit-learn's manners. Subclasses are dataclasses of their settings.
 
-    Attributes:
-        labels: the label names, in the order of the columns of probabilities; from `fit` or `load` on.
-        multi_label: whether a document can have several of them.
-        training_seconds: wall-clock time of `fit`.
-        trainable_parameters: numbers that training changed.
+    `fit` or `load` give it `labels`, in the order of the columns of probabilities, and `multi_label` (several a document).
     """
 
     name: str
@@ -60,10 +56,7 @@ class Approach:
         return self
 
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Probability of every label for every text.
-
-        Returns:
-            Shape (n_texts, n_labels), float; rows sum to 1, except in a multi-label task.
+        """Probability of every label for every text, shape (n_texts, n_labels); rows sum to 1, except in a multi-label task.
 
         Raises:
             BookError: a text is empty, or longer than the model takes.
@@ -104,14 +97,8 @@ class Approach:
             raise BookError(f"{folder} exists and holds something else. Give a new folder; nothing was overwritten.")
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
-        note = {
-            "approach": type(self).__name__,
-            "labels": self.labels,
-            "multi_label": self.multi_label,
-            "training_seconds": self.training_seconds,
-            "trainable_parameters": self.trainable_parameters,
-            "settings": asdict(self),
-        }
+        known = ("labels", "multi_label", "training_seconds", "trainable_parameters")
+        note = {"approach": type(self).__name__, **{name: getattr(self, name) for name in known}, "settings": asdict(self)}
         (folder / _NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
         return folder
 

@@ -1,4 +1,4 @@
-"""A training that can be stopped at any time and goes on where it was."""
+"""A training that can be stopped at any time and goes on where it was: its options, its checkpoints, its run."""
 
 import json
 import tempfile
@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PrinterCallback, Trainer
 
 from helpers.errors import BookError
+from helpers.profiles import Profile
 from helpers.records import DEFAULTS
 
 _COMPLETE = "trainer_state.json"  # what the Trainer writes last of a checkpoint
@@ -39,6 +41,17 @@ def resumable(folder: str | None, settings: dict) -> Iterator[dict]:
     written.replace(note)
     # two are kept, so that one is complete whenever the process ends
     yield {"output_dir": str(note.parent), "save_strategy": "epoch", "save_total_limit": 2}
+
+
+def trainer_options(profile: Profile) -> dict:
+    """What every training has in common: a tenth of warm-up, autocast where the base computes in bfloat16, no printing."""
+    return {
+        "warmup_steps": 0.1,
+        "bf16": profile.dtype == torch.bfloat16,
+        "use_cpu": profile.device == "cpu",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 def run_training(trainer: Trainer) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from helpers import base_models, profiles, prompts
 from helpers.approach import LoraApproach
-from helpers.checkpoints import run_training
+from helpers.checkpoints import run_training, trainer_options
 from helpers.embeddings import embed, fit_probe
 from helpers.frozen_layers import cached_lower_layers
 from helpers.tasks import Task, texts_of
@@ -80,19 +80,11 @@ def train_classifier(
         loss: instead of the model's own, `compute_loss_func` of the Trainer.
         options: of `TrainingArguments`; `output_dir` is needed.
     """
-    profile = profiles.current(precision)
     if isinstance(gold[0], list):
         gold = [[float(one) for one in row] for row in gold]  # what binary cross-entropy takes
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(
-            **options,
-            warmup_steps=0.1,
-            logging_strategy="no",
-            disable_tqdm=True,
-            bf16=profile.dtype == torch.bfloat16,
-            use_cpu=profile.device == "cpu",
-        ),
+        args=TrainingArguments(**options, **trainer_options(profiles.current(precision))),
         train_dataset=Dataset.from_dict({**tokenizer(texts), "label": gold}),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_loss_func=loss,

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, profiles, prompts
 from helpers.approach import LoraApproach
-from helpers.checkpoints import run_training
+from helpers.checkpoints import run_training, trainer_options
 from helpers.errors import BookError
 from helpers.frozen_layers import cached_lower_layers
 from helpers.label_scoring import NO_LABEL, label_tokens, list_items, score_label_lists, score_labels
@@ -152,12 +152,8 @@ class InstructionTuned(LoraApproach):
                 **self._training_options(),
                 **checkpoint_options,
                 max_length=longest + 1,  # and the end of sequence, which TRL appends
-                warmup_steps=0.1,
                 activation_checkpointing=False,
-                bf16=profile.dtype == torch.bfloat16,
-                logging_strategy="no",
-                disable_tqdm=True,
-                use_cpu=profile.device == "cpu",
+                **trainer_options(profile),
             ),
             train_dataset=Dataset.from_dict(examples),
             processing_class=self.tokenizer,
