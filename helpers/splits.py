@@ -1,7 +1,5 @@
 """Which document goes into which split."""
 
-from collections import Counter
-
 import numpy as np
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
@@ -35,67 +33,50 @@ def split_rows(
         groups, published: shape (n_documents,), str: a document's group and its split of the publisher, empty where none.
         per_class: training documents of each class (single-label); None keeps all that validation and test leave.
         n_train: training documents in all, drawn at random; not together with `per_class`.
-        n_validation, n_test: documents in these splits.
         by_group: False splits at random although there are groups, to see what that hides (chapter 01).
         seed: of the split and of the choice of training documents.
 
     Raises:
-        BookError: splits larger than the data, or both `per_class` and `n_train`.
+        BookError: splits that do not fit the data, or `per_class` where it has no meaning.
     """
     multi_label = gold.ndim == 2
     if per_class is not None and (n_train is not None or multi_label):
         raise BookError(f"{name}: per_class goes neither with n_train nor with a multi-label task. Use n_train alone.")
-    for option, number in {"per_class": per_class, "n_train": n_train, "n_validation": n_validation, "n_test": n_test}.items():
-        if number is not None and number < 1:
-            raise BookError(f"{name}: {option} is {number}, but every split needs at least one document.")
-    needed = n_validation + n_test + (n_train or (per_class or 1) * len(labels))
-    if min(n_validation, n_test) < (2 if multi_label else len(labels)) or needed > len(gold):
+    n_wanted = n_train if n_train is not None else len(labels) * (1 if per_class is None else per_class)
+    too_small = min(n_validation, n_test) < (2 if multi_label else len(labels)) or n_wanted < 1
+    if too_small or n_validation + n_test + n_wanted > len(gold):
         raise BookError(
             f"{name} has {len(gold)} documents of {len(labels)} labels: {n_test} for test, {n_validation} for validation and "
-            f"{n_train or (f'{per_class} per class' if per_class else 'the rest')} for training do not fit. "
-            "Each split needs at least one document a label."
+            f"{n_wanted} for training do not fit. Each split needs at least one document a label."
         )
     index = {part: np.flatnonzero(published == part) for part in SPLITS[1:]}
     rest = np.flatnonzero(~np.isin(published, SPLITS[1:]))
     for part, size, share in (("test", n_test, 0.2), ("validation", n_validation, 0.125)):  # an eighth of four fifths
-        if not len(index[part]) and by_group and groups.all():
-            if len(set(groups[rest])) < 2:
-                raise BookError(f"{name}: there are too few groups to split by. Use by_group=False, if it does not mix them.")
-            kept, chosen = next(GroupShuffleSplit(1, test_size=share, random_state=seed).split(rest, groups=groups[rest]))
-            index[part], rest = rest[chosen], rest[kept]
-        elif not len(index[part]):
-            if size >= len(rest):
-                raise BookError(f"{name}: {len(rest)} documents can be used for {part}, too few for n_{part}={size}. Lower it.")
-            if not multi_label:
-                label, count = min(Counter(gold[rest].tolist()).items(), key=lambda item: item[1])
-                if count < 2:
-                    raise BookError(
-                        f"{name}: label {labels[label]!r} has too few documents to be in every split. Add some, or drop it."
-                    )
-            stratify = None if multi_label else gold[rest]
-            rest, index[part] = train_test_split(rest, test_size=size, stratify=stratify, random_state=seed)
+        if not len(index[part]):
+            try:
+                if by_group and groups.all():
+                    shuffle = GroupShuffleSplit(1, test_size=share, random_state=seed)
+                    kept, chosen = next(shuffle.split(rest, groups=groups[rest]))
+                    rest, index[part] = rest[kept], rest[chosen]
+                else:
+                    stratify = None if multi_label else np.array(labels)[gold[rest]]
+                    rest, index[part] = train_test_split(rest, test_size=size, stratify=stratify, random_state=seed)
+            except ValueError as error:  # too few documents, of a label or at all, or too few groups
+                raise BookError(f"{name}: {part} cannot be split off ({error}). Add documents, or groups of them.") from error
         if len(index[part]) < size:
             raise BookError(f"{name}: {len(index[part])} documents can be used for {part}, fewer than n_{part}={size}. Lower it.")
         if len(index[part]) > size:
             index[part] = np.random.default_rng(seed).choice(index[part], size, replace=False)
-    if per_class is not None:
-        rest = _choose(rest, gold, per_class, labels, name, seed)
-    elif n_train is not None:
+    generator = np.random.default_rng(seed)
+    if n_train is not None:
         if n_train > len(rest):
             raise BookError(f"{name}: {len(rest)} documents are left for training, fewer than n_train={n_train}. Lower it.")
-        rest = np.random.default_rng(seed).choice(rest, n_train, replace=False)
+        rest = generator.choice(rest, n_train, replace=False)
+    elif per_class is not None:
+        of_labels = [rest[gold[rest] == label] for label in range(len(labels))]
+        for label, rows in zip(labels, of_labels, strict=True):
+            if len(rows) < per_class:
+                wanted = f"fewer than per_class={per_class}. Lower per_class, n_validation or n_test."
+                raise BookError(f"{name}: label {label!r} has {len(rows)} training documents left, {wanted}")
+        rest = generator.permutation(np.concatenate([generator.choice(rows, per_class, replace=False) for rows in of_labels]))
     return index | {"train": rest}
-
-
-def _choose(rest: np.ndarray, gold: np.ndarray, per_class: int, labels: tuple[str, ...], name: str, seed: int) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    chosen = []
-    for label, label_name in enumerate(labels):
-        available = rest[gold[rest] == label]
-        if len(available) < per_class:
-            raise BookError(
-                f"{name}: label {label_name!r} has {len(available)} training documents left, fewer than per_class={per_class}. "
-                "Lower per_class, n_validation or n_test."
-            )
-        chosen.append(generator.choice(available, per_class, replace=False))
-    return generator.permutation(np.concatenate(chosen))

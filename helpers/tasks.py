@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
+from sklearn.preprocessing import LabelEncoder, MultiLabelBinarizer
 from transformers import PreTrainedTokenizerBase
 
 from helpers.corpora import TASKS, Document, excerpt, normalised, remove_duplicates
@@ -21,18 +22,13 @@ from helpers.splits import SPLITS, split_rows
 
 @dataclass(frozen=True)
 class Task:
-    """Labelled text in three splits. Everything that can be wrong with it is refused when it is made.
+    """Labelled text in three splits. Everything that can be wrong with it is refused when it is made, with a `BookError`.
 
     Attributes:
-        name: of the task, for tables and messages.
         labels: the label names; a document's label is an index into them.
-        train, validation, test: `datasets.Dataset` with the columns `text` (str) and `label` (int, 0 ≤ label < n_labels; in
-            a multi-label task a list of n_labels zeros and ones); `split` adds the column `group`, if the documents have groups.
+        train, validation, test: with the columns `text` (str) and `label` (int, 0 ≤ label < n_labels; in a multi-label task
+            a list of n_labels zeros and ones); `split` adds the column `group`, if the documents have groups.
         multi_label: whether a document can have several labels.
-
-    Raises:
-        BookError: a missing column, an empty split, a text that is empty or no string, a label outside `labels`, equal or
-            empty label names, a label that training never saw, or the same text in two splits (but for case and white space).
     """
 
     name: str
@@ -43,29 +39,43 @@ class Task:
     multi_label: bool = False
 
     def __post_init__(self) -> None:
-        _check_label_names(self.name, self.labels)
+        self._check_label_names()
         first_seen: dict[str, str] = {}
         for split in SPLITS:
-            documents = getattr(self, split)
-            _check_split(f"{self.name}, {split}", documents, self.labels, self.multi_label)
-            for row, text in enumerate(documents["text"]):
-                other = first_seen.setdefault(normalised(text), split)
-                if other != split:
-                    raise BookError(
-                        f"{self.name}: {split} row {row} has the same text as a row of {other} ({excerpt(text)}). "
-                        "Remove duplicates before you split."
-                    )
+            texts = texts_of(getattr(self, split), f"{self.name}, {split}")
+            self._check_gold(split)
+            for row, text in enumerate(texts):
+                if (other := first_seen.setdefault(normalised(text), split)) != split:
+                    raise BookError(f"{self.name}: {split} row {row} repeats a text of {other} ({excerpt(text)}). Remove it.")
         seen = self._positives("train").any(axis=0)
         for split in SPLITS[1:]:
-            unseen = self._positives(split) & ~seen
-            if unseen.any():
-                row, label = np.argwhere(unseen)[0]
-                raise BookError(
-                    f"{self.name}: {split} row {row} has label {self.labels[label]!r}, which no training document has. "
-                    "Add training documents of that label, or drop it from every split."
-                )
+            for row, label in np.argwhere(self._positives(split) & ~seen):
+                name = self.labels[label]
+                raise BookError(f"{self.name}: {split} row {row} has label {name!r}, which no training document has. Add some.")
         for label in np.flatnonzero(~seen):
             raise BookError(f"{self.name}: no document at all has the label {self.labels[label]!r}. Take it out of `labels`.")
+
+    def _check_label_names(self) -> None:
+        if len(self.labels) < 2:
+            raise BookError(f"{self.name} has {len(self.labels)} label(s): classification needs at least two.")
+        names: dict[str, str] = {}
+        for number, label in enumerate(self.labels):
+            if not isinstance(label, str) or not label.strip():
+                raise BookError(f"{self.name}: label number {number} is empty or no text ({label!r}). Give it a name.")
+            if (other := names.setdefault(normalised(label), label)) is not label:
+                raise BookError(f"{self.name}: labels {other!r} and {label!r} are the same but for case or spaces. Rename one.")
+
+    def _check_gold(self, split: str) -> None:
+        where, n = f"{self.name}, {split}", len(self.labels)
+        for row, label in enumerate(gold_of(getattr(self, split), where)):
+            if self.multi_label:
+                wanted = f"list of {n} zeros and ones, one for each label."
+                good = isinstance(label, list) and len(label) == n and set(label) <= {0, 1}
+            else:
+                wanted = f"index into the {n} labels. Use 0 to {n - 1}."
+                good = isinstance(label, int) and 0 <= label < n
+            if not good:
+                raise BookError(f"{where}, row {row}: label {label!r} is no {wanted}")
 
     def _positives(self, split: str) -> np.ndarray:
         """Which document of `split` has which label, shape (n_documents, n_labels), bool."""
@@ -83,37 +93,21 @@ class Task:
 
 
 def load(name: str, **options) -> Task:
-    """Read one of the book's tasks (`corpora.TASKS`) and `split` it.
-
-    Args:
-        name: `bbc`, `attack-techniques`, `ipc-sections` and so on.
-        options: of `split`, such as `per_class=32`, `n_test=300`, `shorten=first_words(32)`, `seed=0`.
-
-    Raises:
-        BookError: an unknown task (the nearest is suggested), or anything that `split` or `Task` refuses.
-    """
+    """One of the book's tasks (`corpora.TASKS`), such as `bbc`; options are those of `split`. BookError: an unknown name."""
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
-    source = TASKS[name]
-    return split(name, source.read(), **{"conflicting": source.conflicting, **options})
+    return split(name, TASKS[name].read(), **{"conflicting": TASKS[name].conflicting, **options})
 
 
 def split(
     name: str, documents: list[Document], *, shorten: Callable[[str], str] | None = None, conflicting: str = "refuse", **options
 ) -> Task:
-    """Remove duplicates and split: as the publisher did if he did, else by group if there are groups, else at random.
-
-    Texts are shortened before duplicates are looked for, so that no two splits share what the model reads.
+    """Shorten documents, then remove duplicates, so that no two splits share what a model reads, then split.
 
     Args:
-        name: for tables and messages.
-        documents: from `corpora`, or your own.
         shorten: what a document is cut to, for every approach alike: `first_words(32)`, `first_tokens(tokenizer, 64)`.
         conflicting: see `corpora.remove_duplicates`.
-        options: of `splits.split_rows`, such as `per_class=32`, `n_test=300`, `seed=0`.
-
-    Raises:
-        BookError: no documents, or anything that `split_rows` or `Task` refuses.
+        options: of `splits.split_rows`, such as `per_class=32`, `n_test=300`, `seed=0`; what it and `Task` refuse is refused.
     """
     if shorten is not None:
         documents = [document._replace(text=shorten(document.text)) for document in documents]
@@ -121,13 +115,9 @@ def split(
     if not documents:
         raise BookError(f"{name}: there are no documents. Give at least a few of each label.")
     multi_label = isinstance(documents[0].label, tuple)
-    if multi_label:
-        labels = tuple(sorted({label for document in documents for label in document.label}))
-        gold = np.array([[int(label in document.label) for label in labels] for document in documents])
-    else:
-        labels = tuple(sorted({document.label for document in documents}))
-        numbers = {label: number for number, label in enumerate(labels)}
-        gold = np.array([numbers[document.label] for document in documents])
+    encoder = MultiLabelBinarizer() if multi_label else LabelEncoder()
+    gold = encoder.fit_transform([document.label for document in documents])
+    labels = tuple(encoder.classes_.tolist())
     groups = np.array([document.group for document in documents])
     published = np.array([document.split for document in documents])
     splits = {}
@@ -147,16 +137,13 @@ def first_words(n: int) -> Callable[[str], str]:
 def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], str]:
     """A `shorten` that keeps the first `n` tokens of `tokenizer`.
 
-    Shortening the text itself, and not the model's input, gives every approach the same words to read, and keeps the
-    suffix or the label that is appended later from being cut off.
+    It cuts the text and not the model's input: every approach reads the same words, and what comes behind them stays whole.
     """
 
-    def shorten(text: str) -> str:
+    def shorten(text: str) -> str:  # control tokens in it are text
         words = text.split(maxsplit=n)  # n tokens never reach beyond n words
         head = text[: len(text) - len(words[n])] if len(words) > n else text
-        options = dict(add_special_tokens=False, split_special_tokens=True)  # control tokens are text
-        encoded = tokenizer(head, return_offsets_mapping=True, **options)
-        offsets = encoded["offset_mapping"]
+        offsets = tokenizer(head, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True).offset_mapping
         if len(offsets) <= n:
             return head.rstrip()
         kept = n
@@ -167,64 +154,23 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
     return shorten
 
 
-def texts_of(documents: Dataset) -> list[str]:
-    """The texts of a split or of any other data set with the column `text`.
-
-    Raises:
-        BookError: there is no such column, or a text is empty or no string.
-    """
-    if "text" not in documents.column_names:
-        raise BookError(f"There is no column 'text', only {', '.join(documents.column_names) or 'none'}. Rename yours.")
-    for row, text in enumerate(documents["text"]):
-        if not isinstance(text, str) or not text.strip():
-            raise BookError(f"Row {row}: the text is {text!r}. Drop the row or give it a text.")
-    return list(documents["text"])
-
-
-def gold_of(documents: Dataset) -> list:
-    """The column `label` of a split or of any other data set.
-
-    Raises:
-        BookError: there is no such column.
-    """
-    if "label" not in documents.column_names:
-        raise BookError(
-            f"There is no column 'label', only {', '.join(documents.column_names) or 'none'}. Rename yours, or add one of zeros "
-            "if you only want the probabilities of unlabelled texts."
-        )
-    return documents["label"]
-
-
-def _check_label_names(name: str, labels: tuple[str, ...]) -> None:
-    if len(labels) < 2:
-        raise BookError(f"{name} has {len(labels)} label(s): classification needs at least two.")
-    names: dict[str, str] = {}
-    for label in labels:
-        if not isinstance(label, str) or not label.strip():
-            raise BookError(f"{name}: label number {labels.index(label)} is empty or no text ({label!r}). Give it a name.")
-        key = normalised(label)
-        if key in names:
-            raise BookError(f"{name}: labels {names[key]!r} and {label!r} are the same but for case or spaces. Rename one.")
-        names[key] = label
-
-
-def _check_split(where: str, documents: Dataset, labels: tuple[str, ...], multi_label: bool) -> None:
-    for column in ("text", "label"):
-        if column not in documents.column_names:
-            raise BookError(
-                f"{where}: there is no column {column!r}, only {', '.join(documents.column_names) or 'none'}. Rename yours."
-            )
-    if len(documents) == 0:
-        raise BookError(f"{where}: the split is empty. Give it at least one document of each label.")
-    for row, (text, label) in enumerate(zip(documents["text"], documents["label"], strict=True)):
+def texts_of(documents: Dataset, where: str = "documents") -> list[str]:
+    """The column `text` of a split or any other data set; `where` begins messages. BookError: it is missing, a text is empty."""
+    texts = _column(documents, "text", where)
+    for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise BookError(f"{where}, row {row}: the text is {text!r}. Drop the row or give it a text.")
-        if multi_label:
-            if not isinstance(label, list) or len(label) != len(labels) or not set(label) <= {0, 1}:
-                raise BookError(
-                    f"{where}, row {row}: label {label!r} is no list of {len(labels)} zeros and ones, one for each label."
-                )
-        elif not isinstance(label, int) or not 0 <= label < len(labels):
-            raise BookError(
-                f"{where}, row {row}: label {label!r} is no index into the {len(labels)} labels. Use 0 to {len(labels) - 1}."
-            )
+    return texts
+
+
+def gold_of(documents: Dataset, where: str = "documents") -> list:
+    """The column `label`, as `texts_of`; texts without labels go to an approach's `predict_proba`."""
+    return _column(documents, "label", where)
+
+
+def _column(documents: Dataset, name: str, where: str) -> list:
+    if name not in documents.column_names:
+        raise BookError(f"{where}: no column {name!r}, only {', '.join(documents.column_names) or 'none'}. Rename yours.")
+    if len(documents) == 0:
+        raise BookError(f"{where}: the column {name!r} is empty. Give at least one document of each label.")
+    return list(documents[name])

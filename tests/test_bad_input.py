@@ -32,7 +32,7 @@ def fitted(tiny_model, tiny_task):
 @pytest.mark.parametrize("name", APPROACHES)
 def test_empty_texts_are_refused_by_row(name, text, fitted):
     documents = Dataset.from_dict({"text": ["the goal", text], "label": [0, 0]})
-    with pytest.raises(BookError, match="Row 1: the text is") as caught:
+    with pytest.raises(BookError, match="row 1: the text is") as caught:
         fitted[name].predict(documents)
     assert "\n" not in str(caught.value)
 

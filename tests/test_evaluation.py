@@ -33,17 +33,16 @@ def right(correct, name="x", **cost):
 @pytest.mark.parametrize(
     "probabilities, gold, words",
     [
-        ([[0.5, 0.5]], [0], "shape (1, 2), expected (1, 3)"),
-        ([[1, 0, 0]], [0, 1], "shape (1, 3), expected (2, 3)"),
-        ([1, 0, 0], [0], "shape (3,), expected (1, 3)"),
+        ([[0.5, 0.5]], [0], "need the shape (1, 3)"),
+        ([[1, 0, 0]], [0, 1], "need the shape (2, 3)"),
+        ([1, 0, 0], [0], "need the shape (1, 3)"),
         ([[1, 0, 0], [0.5, 0.5, 0.5]], [0, 1], "row 1 has no probabilities"),
         ([[2.0, -1.0, -3.0]], [0], "row 0 has no probabilities"),
         ([[1.5, -0.5, 0.0]], [0], "row 0 has no probabilities"),
         ([[1, 0, 0], [np.nan, 0.5, 0.5]], [0, 1], "row 1 has no probabilities"),
         ([[np.inf, 0, 0]], [0], "row 0 has no probabilities"),
-        ([[1, 0, 0]], [3], "gold labels run to 3"),
-        ([[1, 0, 0], [1, 0, 0]], [-1, 0], "gold labels"),
-        (np.empty((0, 3)), [], "no document"),
+        ([[1, 0, 0]], [3], "gold needs the shape (1,) and numbers from 0 to 2"),
+        ([[1, 0, 0], [1, 0, 0]], [-1, 0], "gold needs"),
     ],
 )
 def test_predictions_are_refused(probabilities, gold, words):
@@ -242,7 +241,7 @@ def test_difference_that_is_the_same_everywhere():
     ids=["gold", "number", "labels"],
 )
 def test_comparison_on_other_documents_is_refused(other):
-    with pytest.raises(BookError, match="one and two were not tested on the same documents") as caught:
+    with pytest.raises(BookError, match="one and two have different (gold|labels): compare them on the same documents") as caught:
         compare(certain([0, 1], [0, 1], ("a", "b"), "one"), other)
     assert "\n" not in str(caught.value)
 
@@ -425,7 +424,7 @@ def test_pooling_keeps_groups_only_if_all_have_them():
 
 
 def test_a_group_is_needed_for_each_document():
-    with pytest.raises(BookError, match="3 groups for 80 documents"):
+    with pytest.raises(BookError, match=r"groups, if any, \(80,\)"):
         random_predictions(1, groups=np.arange(3))
 
 

@@ -209,8 +209,8 @@ def test_comparison_is_about_whole_label_sets():
     [
         ([[0.5, 1.5]], [[1, 0]], "row 0 has no probabilities"),
         ([[0.5, np.nan]], [[1, 0]], "row 0 has no probabilities"),
-        ([[0.5, 0.5]], [[1, 0, 0]], "zeros and ones in the shape"),
-        ([[0.5, 0.5]], [[1, 2]], "zeros and ones in the shape"),
+        ([[0.5, 0.5]], [[1, 0, 0]], r"gold needs the shape \(1, 2\) and numbers from 0 to 1"),
+        ([[0.5, 0.5]], [[1, 2]], r"gold needs the shape \(1, 2\) and numbers from 0 to 1"),
     ],
 )
 def test_wrong_predictions_are_refused(probabilities, gold, words):
@@ -323,5 +323,5 @@ def test_a_test_document_with_a_label_that_training_never_saw_is_refused(task):
     rows = [{**row, "label": [row["label"][0], 0, row["label"][2]]} for row in task.train.to_list() if row["label"][1] == 0]
     with pytest.raises(BookError, match="tiny: validation row 1 has label 'money', which no training document has"):
         Task("tiny", tuple(WORDS), Dataset.from_list(rows), task.validation, task.test, multi_label=True)
-    with pytest.raises(BookError, match="multi-label gold needs zeros and ones in the shape"):
+    with pytest.raises(BookError, match="gold needs the shape"):
         Predictions("x", ("sports", "tech"), [[0.5, 0.5]], [[1, 0, 1]])  # three labels at test, two in training

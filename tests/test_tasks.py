@@ -102,7 +102,7 @@ def test_content_hash_sees_every_change(tiny_task):
         (dict(per_class=400), ["2124 documents", "do not fit"]),
         (dict(n_test=3000), ["2124 documents", "3000 for test", "do not fit"]),
         (dict(n_validation=4), ["4 for validation", "at least one document a label"]),
-        (dict(n_test=0), ["n_test is 0", "at least one document"]),
+        (dict(n_test=0), ["0 for test", "at least one document"]),
     ],
 )
 def test_splits_that_do_not_fit_are_refused(cheap_bbc, options, parts):
@@ -511,7 +511,7 @@ SPLIT_REFUSED = {
     "all together": (pets(), dict(n_train=86), ["100 documents of 2 labels", "10 for test, 5 for validation and 86"]),
     "multi-label together": (pets(label=several), dict(n_train=86), ["100 documents of 2 labels", "and 86"]),
     "one test document": (pets(label=several), dict(n_test=1), ["1 for test"]),
-    "n_train=0": (pets(), dict(n_train=0), ["n_train is 0", "at least one document"]),
+    "n_train=0": (pets(), dict(n_train=0), ["0 for training", "at least one document"]),
     "n_test beyond the groups": (pets(group=own_group), dict(n_test=21), ["20 documents", "for test", "n_test=21", "Lower"]),
     "n_validation beyond the groups": (
         pets(group=own_group),

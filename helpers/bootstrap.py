@@ -1,0 +1,49 @@
+"""Scores of `evaluation.Predictions`, and their percentile bootstrap over documents or whole groups of them."""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from helpers.errors import BookError
+
+
+def scores(predictions, weights: np.ndarray | None = None) -> np.ndarray:
+    """Accuracy, macro-F1 and micro-F1, shape (3, …), where documents count as `weights` says, shape (…, n_documents)."""
+    weights = np.ones(len(predictions.gold)) if weights is None else weights
+    gold, predicted = predictions.gold, predictions.predicted
+    if not predictions.multi_label:
+        gold, predicted = (np.eye(len(predictions.labels))[each] for each in (gold, predicted))
+    hits, counted = gold * predicted, gold + predicted
+    runs = np.zeros(len(gold)) if predictions.runs is None else predictions.runs
+    of_runs = []
+    for rows in (runs == run for run in np.unique(runs)):
+        present, *f1 = (weights[..., rows] @ each[rows] for each in (gold, hits, counted))
+        f1 = np.ma.array(2 * f1[0] / np.maximum(f1[1], 1), mask=present == 0)
+        of_runs.append(f1.mean(axis=-1, keepdims=True))
+    accuracy = weights @ predictions.correct / weights.sum(axis=-1)
+    macro_f1 = np.ma.filled(np.ma.concatenate(of_runs, axis=-1).mean(axis=-1), 0)
+    micro_f1 = 2 * (weights @ hits.sum(axis=1)) / np.maximum(weights @ counted.sum(axis=1), 1)
+    return np.stack([accuracy, macro_f1, micro_f1])
+
+
+def units(predictions) -> np.ndarray:
+    """What a resample draws: the number of each document's group, or of the document itself, shape (n_documents,)."""
+    groups = np.arange(len(predictions.gold)) if predictions.groups is None else predictions.groups
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def interval(statistic: Callable, predictions, confidence: float, n_resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high of a statistic of how often each document was drawn, shape (n_resamples, n_documents)."""
+    unit_of = units(predictions)
+    n_units = len(np.unique(unit_of))
+    if n_units < 2:
+        raise BookError(f"{predictions.approach}: one document, or one group of them, gives no interval. Evaluate on more.")
+
+    def of_resamples(drawn: np.ndarray, axis: int) -> np.ndarray:
+        counts = np.stack([np.bincount(row, minlength=n_units) for row in np.atleast_2d(drawn)])
+        return statistic(counts[:, unit_of].astype(float))
+
+    options = {"confidence_level": confidence, "n_resamples": n_resamples, "batch": 1000, "rng": np.random.default_rng(seed)}
+    found = bootstrap((np.arange(n_units),), of_resamples, vectorized=True, method="percentile", **options)
+    return found.confidence_interval.low, found.confidence_interval.high
