@@ -1,7 +1,6 @@
 """How likely is each label after the prompt? All labels at once, nothing generated (chapter 05).
 
-One forward pass reads the prompt. The labels' tokens form a trie, and only its likely branches are walked, over the prompt's
-key-value cache.
+One forward pass reads the prompt. The labels' tokens form a trie; its likely branches are walked over the key-value cache.
 """
 
 import copy
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import prompts as prompting
@@ -19,7 +19,6 @@ from helpers.errors import BookError
 _ROWS = 128  # (prompt, branch) pairs in one forward pass
 NO_LABEL = "none"  # what a list says of a document without labels
 _SHORTEST_PREFIX = 8  # tokens; less is not worth a cache
-_END = 40  # characters of the prompt's end that are tokenized with each label
 
 
 def label_tokens(
@@ -28,41 +27,31 @@ def label_tokens(
     """Token ids of each label as training sees them: those of `prompt`, `space` and label, less those of the prompt.
 
     When one label's tokens begin another's (`tech`, `tech support`), the shorter would win whatever the model thinks of
-    its end, so the end-of-sequence token is appended to every label.
-
-    Args:
-        prompt: what stands before the label; its end decides, since a tokenizer may join characters across the border.
-
-    Raises:
-        BookError: an empty label, two labels with the same tokens, or one that shares a token with the prompt.
+    its end, so the end-of-sequence token is appended to every label. BookError: labels that cannot be told apart so.
     """
+    end = prompt[-40:]  # more than a tokenizer joins across the border
+    before = tokenizer(end).input_ids
+    ids = []
     for number, label in enumerate(labels):
         if not label.strip():
             raise BookError(f"Label number {number} is empty ({label!r}), so there is nothing to score. Give it a name.")
-    end = prompt[-_END:]
-    before = tokenizer(end).input_ids
-    ids = []
-    for label in labels:
         whole = tokenizer(end + space + label).input_ids
+        tokens = whole[len(before) :]
         if whole[: len(before)] != before:
             raise BookError(f"The tokenizer joins the end of the prompt ({end!r}) with the label {label!r}. End it otherwise.")
-        ids.append(whole[len(before) :])
-    first_with: dict[tuple[int, ...], int] = {}
-    for number, label in enumerate(ids):
-        other = first_with.setdefault(tuple(label), number)
-        if other != number:
-            raise BookError(f"The tokenizer cannot tell the labels {labels[other]!r} and {labels[number]!r} apart. Rename one.")
-    if any(tuple(label[:n]) in first_with for label in ids for n in range(1, len(label))):
-        ids = [label + [tokenizer.eos_token_id] for label in ids]
+        if tokens in ids:
+            other = labels[ids.index(tokens)]
+            raise BookError(f"The tokenizer cannot tell the labels {other!r} and {label!r} apart. Rename one.")
+        ids.append(tokens)
+    whole_labels = set(map(tuple, ids))
+    if any(tuple(tokens[:n]) in whole_labels for tokens in ids for n in range(1, len(tokens))):
+        ids = [tokens + [tokenizer.eos_token_id] for tokens in ids]
     return ids
 
 
 @dataclass
 class _Branch:
-    """Trie nodes with one child each, that are read together.
-
-    A run of several such nodes makes two branches, its first token and the rest, because one token is enough to rule out most.
-    """
+    """Trie nodes with one child each, read together; but of a long run the first alone, which is enough to rule out most."""
 
     tokens: list[int]  # from the prompt on
     start: int  # tokens[:start] are those of the branches above
@@ -100,33 +89,21 @@ def score_labels(
     tolerance: float = 1e-4,
     space: str = " ",
 ) -> torch.Tensor:
-    """Log-probability of every label as the continuation of every prompt. Every answer is a label, none has to be parsed.
+    """Log-probability of every label as the continuation of every prompt, float32, shape (n_prompts, n_labels).
 
-    One forward pass over the prompt gives the first token of all labels. Tokens with which all prompts begin (an instruction)
-    are read once, not once a prompt. The rest of the labels is walked as a trie over the prompt's key-value cache, likely
-    branches first, until those not walked hold at most `tolerance` of the probability of all labels.
+    Tokens with which all prompts begin (an instruction) are read once, not once a prompt. Labels are walked as a trie, likely
+    branches first, until those not walked hold at most `tolerance` of the probability of all labels, and share it: the softmax
+    is that of one forward pass for each label to within `tolerance`. What a row's probabilities lack to 1 is for no label.
 
     Args:
         prompts: without the label and without the space before it.
-        labels: of any number of tokens; see `label_tokens`.
-        tolerance: 0 walks everything.
         space: between prompt and label; "" behind a chat template, which ends with a line break.
-
-    Returns:
-        float32 tensor of shape (n_prompts, n_labels). Its softmax differs nowhere by more than `tolerance` from that of one
-        forward pass for each label; labels on a branch that was not walked share the branch's probability. The rows are not
-        normalised: what is missing to 1 is the probability of saying something that is no label.
-
-    Raises:
-        BookError: labels that cannot be told apart, or a prompt longer than the model takes.
     """
-    if not labels:
-        raise BookError("There are no labels to score. Give at least one.")
     if not prompts:
         return torch.empty(0, len(labels))
     branches, roots = _trie(label_tokens(labels, tokenizer, space, prompts[0]))
     first_tokens = [branches[root].tokens[0] for root in roots]
-    read_on = any(len(branch.tokens) > 1 for branch in branches)
+    to_walk = any(len(branch.tokens) > 1 for branch in branches)
     encoded = tokenizer(prompts).input_ids
     shared = os.path.commonprefix([text[:-1] for text in encoded]) if len(prompts) > 1 else []
     window = getattr(model.config.get_text_config(), "sliding_window", None)
@@ -136,18 +113,9 @@ def score_labels(
         prefix = model(torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
     scores = torch.empty(len(prompts), len(labels))
     for rows, batch in prompting.batches(prompts, tokenizer, batch_size, side="left", skip=len(shared)):
-        batch = batch.to(model.device)
-        mask = torch.nn.functional.pad(batch.attention_mask, (len(shared), 0), value=1)
-        cache = _select(prefix, [0] * len(rows)) if shared else DynamicCache(config=model.config) if read_on else None
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, len(shared) :],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        start = logits.float().log_softmax(-1)[:, first_tokens].cpu().numpy()
+        mask = torch.nn.functional.pad(batch.attention_mask, (len(shared), 0), value=1).to(model.device)
+        cache = _select(prefix, [0] * len(rows)) if shared else DynamicCache(config=model.config) if to_walk else None
+        start = _read(model, batch.input_ids, mask, cache, logits_to_keep=1)[:, -1, first_tokens].cpu().numpy()
         scores[rows] = torch.from_numpy(_walk(branches, roots, start, len(labels), model, cache, mask, tolerance)).float()
     return scores
 
@@ -155,8 +123,7 @@ def score_labels(
 def list_items(labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """Labels as a list has them: each with a comma behind it, then each with the end of sequence, then `NO_LABEL` with it.
 
-    Raises:
-        BookError: a label with a comma in it, or one that is called like `NO_LABEL`.
+    BookError: a label with a comma in it, or one that is called like `NO_LABEL`.
     """
     for label in labels:
         if "," in label or label.strip() == NO_LABEL:
@@ -174,107 +141,80 @@ def score_label_lists(
     space: str = " ",
     most: int = 4,
 ) -> torch.Tensor:
-    """Probability that each label stands in the list of labels that continues the prompt. Nothing is sampled.
+    """Probability that each label stands in the list that continues the prompt, float32 in 0..1, (n_prompts, n_labels).
 
     A model that writes a list puts nearly all of its probability on one label a step, whatever it thinks of the others. So the
-    labels are scored at every step of the likeliest list, and a label's probabilities are added up: first in the list, second
-    behind the likeliest first, and so on. Lists that begin otherwise are left out, so it is a lower bound.
-
-    Args:
-        prompts, batch_size, tolerance, space: as for `score_labels`.
-        most: steps; a prompt takes another one only if its list goes on with a probability of more than 1 %.
-
-    Returns:
-        float32 tensor of shape (n_prompts, n_labels), each in 0..1.
-
-    Raises:
-        BookError: what `list_items` and `score_labels` refuse.
+    labels are scored at every step of the likeliest list, and a label's probabilities are added up: a lower bound, since lists
+    that begin otherwise are left out. Of at most `most` steps, one follows where the list goes on with a probability above 1 %.
     """
     items, n = list_items(labels, tokenizer), len(labels)
     found = torch.zeros(len(prompts), n)
     reached = torch.ones(len(prompts))  # probability of the list written so far
     texts, rows = list(prompts), list(range(len(prompts)))
-    written = torch.zeros(len(prompts), n, dtype=torch.bool)
+    written = torch.zeros(len(prompts), len(items), dtype=torch.bool)
     for _ in range(min(most, n)):
         scores = score_labels([texts[row] for row in rows], items, model, tokenizer, batch_size, tolerance, space)
-        repeated = torch.cat([written[rows], written[rows], torch.zeros(len(rows), 1, dtype=torch.bool)], dim=1)
-        scores = scores.masked_fill(repeated, -torch.inf).softmax(-1) * reached[rows, None]
+        scores = scores.masked_fill(written[rows], -torch.inf).softmax(-1) * reached[rows, None]
         goes_on, ends = scores[:, :n], scores[:, n : 2 * n]
         found[rows] += goes_on + ends
-        best = goes_on.argmax(1)
-        for row, label, probability in zip(rows, best.tolist(), goes_on.amax(1), strict=True):
+        for row, label, probability in zip(rows, goes_on.argmax(1).tolist(), goes_on.amax(1), strict=True):
             texts[row] += f"{space}{labels[label]},"
-            written[row, label], reached[row] = True, probability
+            written[row, [label, n + label]], reached[row] = True, probability
         space = " "  # behind the comma
         rows = [row for row in rows if reached[row] > 0.01]
-        if not rows:
-            break
     return found.clamp(max=1)
 
 
 def _walk(branches, roots, start, n_labels, model, cache, mask, tolerance) -> np.ndarray:
     """From the log-probabilities of the first tokens, (n_prompts, n_roots), to those of the labels, (n_prompts, n_labels)."""
-    reached = np.full((len(start), len(branches)), -np.inf)  # up to a branch's first token; up to the end where it is settled
+    reached = np.full((len(start), len(branches)), -np.inf)  # up to a branch's first token, or to its end once that is read
     is_open = np.zeros(reached.shape, dtype=bool)
-    is_settled = np.zeros(reached.shape, dtype=bool)
-
-    def reach(row: int, numbers: list[int], log_probabilities: np.ndarray) -> None:
-        reached[row, numbers] = log_probabilities
-        ends = np.array([not branches[b].children and len(branches[b].tokens) == branches[b].start + 1 for b in numbers])
-        is_settled[row, numbers], is_open[row, numbers] = ends, ~ends
-
-    for row in range(len(start)):
-        reach(row, roots, start[row])
-    while pairs := [
-        (row, b) for row in range(len(start)) for b in _needed(reached[row], is_open[row], is_settled[row], tolerance)
-    ]:
+    has_more = np.array([bool(branch.children) or len(branch.tokens) > branch.start + 1 for branch in branches])
+    reached[:, roots], is_open[:, roots] = start, has_more[roots]
+    while pairs := [(row, b) for row in range(len(start)) for b in _needed(reached[row], is_open[row], tolerance)]:
         pairs.sort(key=lambda pair: len(branches[pair[1]].tokens))  # like lengths together: little padding
         for first in range(0, len(pairs), _ROWS):
             some = pairs[first : first + _ROWS]
             for (row, b), (later, forks) in zip(some, _follow(some, branches, model, cache, mask), strict=True):
-                reached[row, b] += later
-                is_open[row, b], is_settled[row, b] = False, not branches[b].children
-                if branches[b].children:
-                    reach(row, branches[b].children, reached[row, b] + forks)
-    scores = np.empty((len(start), n_labels))
-    for row, b in np.argwhere(is_open | is_settled):
+                below = branches[b].children
+                is_open[row, b], is_open[row, below] = False, has_more[below]
+                reached[row, below] = reached[row, b] + later + forks
+                reached[row, b] = -np.inf if below else reached[row, b] + later
+    scores = np.full((len(start), n_labels), -np.inf)
+    for row, b in np.argwhere(reached > -np.inf):
         scores[row, branches[b].labels] = reached[row, b] - np.log(len(branches[b].labels))
     return scores
 
 
-def _needed(reached: np.ndarray, is_open: np.ndarray, is_settled: np.ndarray, tolerance: float) -> np.ndarray:
-    """The fewest open branches of one prompt, the most likely ones, without which the others hold more than `tolerance`."""
+def _needed(reached: np.ndarray, is_open: np.ndarray, tolerance: float) -> np.ndarray:
+    """The fewest open branches of one prompt, the most likely ones, without which the others hold at most `tolerance`."""
     numbers = np.flatnonzero(is_open)
     numbers = numbers[reached[numbers].argsort()]
-    highest = reached[is_open | is_settled].max()
-    settled = np.exp(reached[is_settled] - highest).sum()
-    left = np.exp(reached[numbers] - highest).cumsum()
-    if not len(numbers) or left[-1] <= tolerance * settled:
-        return numbers[:0]
-    return numbers[left > tolerance * (settled + left[-1])]
+    shares = np.exp(reached - reached.max())
+    return numbers[shares[numbers].cumsum() > tolerance * shares.sum()]
 
 
 def _follow(pairs, branches, model, cache, mask) -> Iterator[tuple[float, np.ndarray]]:
     """Read branches behind their prompts: log-probabilities of what follows a branch's first token, and of its children."""
     rows = [row for row, _ in pairs]
     read = [torch.tensor(branches[b].tokens if branches[b].children else branches[b].tokens[:-1]) for _, b in pairs]
-    ids = torch.nn.utils.rnn.pad_sequence(read, batch_first=True).to(model.device)
-    lengths = torch.tensor([len(tokens) for tokens in read], device=model.device)
-    mask = torch.cat([mask[rows], (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()], dim=1)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=_positions(mask)[:, -ids.shape[1] :],
-        past_key_values=_select(cache, rows),
-        use_cache=True,
-    ).logits.float()
-    logits -= logits.logsumexp(-1, keepdim=True)
+    ids, is_read = (pad_sequence(each, batch_first=True) for each in (read, [torch.ones_like(tokens) for tokens in read]))
+    mask = torch.cat([mask[rows], is_read.to(mask.device)], dim=1)
+    found = _read(model, ids, mask, _select(cache, rows))
     for row, (_, b) in enumerate(pairs):
         branch = branches[b]
         later = branch.tokens[branch.start + 1 :]
         places = torch.arange(branch.start, branch.start + len(later))
         forks = [branches[child].tokens[branches[child].start] for child in branch.children]
-        yield float(logits[row, places, later].sum()), logits[row, lengths[row] - 1, forks].cpu().numpy()
+        yield float(found[row, places, later].sum()), found[row, len(read[row]) - 1, forks].cpu().numpy()
+
+
+def _read(model, ids, mask, cache, **options) -> torch.Tensor:
+    """Log-probabilities behind each of `ids`, which follow what the cache holds; `mask` is over both, float32."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # without padding, for GPT-2 and its kind
+    inputs = dict(input_ids=ids.to(model.device), attention_mask=mask, position_ids=positions, past_key_values=cache)
+    logits = model(**inputs, use_cache=cache is not None, **options).logits.float()
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 def _select(cache: DynamicCache, rows: list[int]) -> DynamicCache:
@@ -283,8 +223,3 @@ def _select(cache: DynamicCache, rows: list[int]) -> DynamicCache:
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(torch.tensor(rows, device=cache.layers[0].keys.device))
     return chosen
-
-
-def _positions(mask: torch.Tensor) -> torch.Tensor:
-    """Positions that do not count padding on the left, also for models with absolute positions (GPT-2)."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
