@@ -17,11 +17,9 @@ C = 0.1  # of the probes: inverse strength of their penalty, as scikit-learn has
 def hidden_states(
     texts: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Final-layer hidden states, batch by batch of texts of like length.
+    """Final-layer hidden states, batch by batch: `(rows, hidden, mask)`.
 
-    Yields:
-        `(rows, hidden, mask)`: indices into `texts`, states of shape (len(rows), n_tokens, hidden_size), and the attention mask,
-        (len(rows), n_tokens), with the padding on the right.
+    Indices into `texts`, states of shape (len(rows), n_tokens, hidden_size), and their attention mask, padding on the right.
     """
     for rows, batch in prompts.batches(texts, tokenizer, batch_size):
         batch = batch.to(model.device)
@@ -29,11 +27,7 @@ def hidden_states(
 
 
 def embed(
-    texts: list[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pooling: str = "last",
-    batch_size: int = 32,
+    texts: list[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: str = "last", batch_size: int = 32
 ) -> np.ndarray:
     """Final-layer hidden states pooled to one vector a text, shape (n_texts, hidden_size), float32.
 
@@ -62,8 +56,7 @@ def fit_probe(embeddings: np.ndarray, gold: np.ndarray) -> LogisticRegression:
         embeddings: shape (n_documents, hidden_size), from `embed`.
         gold: shape (n_documents,); multi-label (n_documents, n_labels), zeros and ones: one regression a label.
 
-    Returns:
-        The fitted probe; `coef_` has the shape (n_labels, hidden_size), one row a label, also for two labels.
+    `coef_` of what comes back has the shape (n_labels, hidden_size), one row a label, also for two labels.
     """
     if gold.ndim == 2:
         probes = [fit_probe(embeddings, column) if np.ptp(column) else None for column in gold.T]
