@@ -1,9 +1,10 @@
-"""Scores of `evaluation.Predictions`, and their percentile bootstrap over documents or whole groups of them."""
+"""What stands behind `evaluation`: scores of resampled documents or whole groups of them, intervals, tests."""
 
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, permutation_test
+from statsmodels.stats.contingency_tables import mcnemar
 
 from helpers.errors import BookError
 
@@ -27,7 +28,7 @@ def scores(predictions, weights: np.ndarray | None = None) -> np.ndarray:
     return np.stack([accuracy, macro_f1, micro_f1])
 
 
-def units(predictions) -> np.ndarray:
+def _units(predictions) -> np.ndarray:
     """What a resample draws: the number of each document's group, or of the document itself, shape (n_documents,)."""
     groups = np.arange(len(predictions.gold)) if predictions.groups is None else predictions.groups
     return np.unique(groups, return_inverse=True)[1]
@@ -35,7 +36,7 @@ def units(predictions) -> np.ndarray:
 
 def interval(statistic: Callable, predictions, confidence: float, n_resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Low and high of a statistic of how often each document was drawn, shape (n_resamples, n_documents)."""
-    unit_of = units(predictions)
+    unit_of = _units(predictions)
     n_units = len(np.unique(unit_of))
     if n_units < 2:
         raise BookError(f"{predictions.approach}: one document, or one group of them, gives no interval. Evaluate on more.")
@@ -47,3 +48,14 @@ def interval(statistic: Callable, predictions, confidence: float, n_resamples: i
     options = {"confidence_level": confidence, "n_resamples": n_resamples, "batch": 1000, "rng": np.random.default_rng(seed)}
     found = bootstrap((np.arange(n_units),), of_resamples, vectorized=True, method="percentile", **options)
     return found.confidence_interval.low, found.confidence_interval.high
+
+
+def p_value(a, b, seed: int) -> float:
+    """The exact McNemar test or, where documents share a group, a permutation test that swaps a and b in whole groups."""
+    units = _units(a)
+    if len(units) == len(np.unique(units)):
+        only_a, only_b = (a.correct & ~b.correct).sum(), (b.correct & ~a.correct).sum()
+        return float(mcnemar([[0, only_a], [only_b, 0]], exact=True).pvalue)
+    sides = [np.bincount(units, weights=each.correct) for each in (a, b)]
+    options = {"permutation_type": "samples", "vectorized": True, "batch": 1000, "rng": np.random.default_rng(seed)}
+    return float(permutation_test(sides, lambda x, y, axis: (x - y).sum(axis=axis), **options).pvalue)

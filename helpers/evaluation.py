@@ -12,9 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import permutation_test
 from sklearn.metrics import precision_recall_curve
-from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
 from helpers import bootstrap, profiles
@@ -60,9 +58,8 @@ class Predictions:
             raise BookError(f"{self.approach}: probabilities need the shape {shape}, and groups, if any, {shape[:1]}.")
         if self.gold.shape != shape[: self.gold.ndim] or not np.isin(self.gold, range(n)).all():
             raise BookError(f"{self.approach}: gold needs the shape {shape[: self.gold.ndim]} and numbers from 0 to {n - 1}.")
-        valid = (self.probabilities >= 0).all(axis=1) & (self.probabilities <= 1.001).all(axis=1)  # nor is NaN
-        if not self.multi_label:
-            valid &= np.isclose(self.probabilities.sum(axis=1), 1, atol=1e-3)
+        sums = 1 if self.multi_label else self.probabilities.sum(axis=1)
+        valid = (self.probabilities == self.probabilities.clip(0, 1.001)).all(axis=1) & np.isclose(sums, 1, atol=1e-3)
         for row in np.flatnonzero(~valid):
             raise BookError(f"{self.approach}: row {row} has no probabilities ({self.probabilities[row]}). Use softmax/sigmoid.")
 
@@ -89,9 +86,9 @@ class Predictions:
 
 @contextlib.contextmanager
 def measure() -> Iterator[SimpleNamespace]:
-    """`with measure() as cost:` gives a block's `cost.seconds` and `cost.peak_memory` in bytes. Blocks may be nested.
+    """`with measure() as cost:` gives a block's `cost.seconds` and `cost.peak_memory`. Blocks may be nested.
 
-    On a GPU the peak is that of tensors; on a CPU that of the whole process, which only Linux tells (None elsewhere).
+    The peak is in bytes, on a GPU of tensors, on a CPU of the whole process, which only Linux tells (None elsewhere).
     """
     global _peak_so_far
     around, _peak_so_far = max(_peak_so_far, _take_peak()), 0
@@ -136,7 +133,7 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
 
 
 def best_thresholds(validation: Predictions, per_label: bool = False) -> float | np.ndarray:
-    """The threshold with the highest micro-F1 on validation documents, for `dataclasses.replace(test, thresholds=…)`.
+    """The threshold of the highest micro-F1 on validation documents, for `dataclasses.replace(test, thresholds=…)`.
 
     With `per_label` one for each label, shape (n_labels,), from its own F1; a label that no document has gets the common one.
     """
@@ -165,7 +162,7 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
 
     BookError: documents, groups or runs are not the same, or there is only one document or group.
     """
-    for name in ("labels", "gold", "groups", "runs", *["test_set"] * bool(a.test_set and b.test_set)):
+    for name in ("labels", "gold", "groups", "runs", *(["test_set"] if a.test_set and b.test_set else [])):
         if not np.array_equal(getattr(a, name), getattr(b, name)):
             raise BookError(f"{a.approach} and {b.approach} have different {name}: compare them on the same documents.")
 
@@ -176,15 +173,8 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
     found = {}
     for name, values in {"difference": difference(), "low": low, "high": high}.items():
         found |= {f"{metric}{name}": float(value) for metric, value in zip(("", "macro_f1_", "micro_f1_"), values, strict=True)}
-    only_a, only_b = int((a.correct & ~b.correct).sum()), int((b.correct & ~a.correct).sum())
-    units = bootstrap.units(a)
-    if len(units) == units.max() + 1:
-        test = mcnemar([[0, only_a], [only_b, 0]], exact=True)
-    else:
-        sides = [np.bincount(units, weights=each.correct) for each in (a, b)]
-        options = {"permutation_type": "samples", "vectorized": True, "batch": 1000, "rng": np.random.default_rng(seed)}
-        test = permutation_test(sides, lambda x, y, axis: (x - y).sum(axis=axis), **options)
-    return found | {"only_a": only_a, "only_b": only_b, "p_value": float(test.pvalue)}
+    only_a, only_b = (a.correct & ~b.correct).sum(), (b.correct & ~a.correct).sum()
+    return found | {"only_a": int(only_a), "only_b": int(only_b), "p_value": bootstrap.p_value(a, b, seed)}
 
 
 def pool(results: Sequence[Predictions]) -> Predictions:
@@ -206,25 +196,20 @@ def pool(results: Sequence[Predictions]) -> Predictions:
 
 def table(results: Iterable[Predictions]) -> pd.DataFrame:
     """A row for each approach: `evaluate` in percent, and the cost, unrounded; `show` formats it."""
-    costs = ("trainable_parameters", "training_seconds", "documents_per_second")
     rows = []
     for each in results:
-        scores = {name: 100 * value for name, value in evaluate(each).items()}
-        rows.append({"approach": each.approach} | scores | {name: getattr(each, name) for name in costs})
+        cost = {name: getattr(each, name) for name in ("trainable_parameters", "training_seconds", "documents_per_second")}
+        rows.append({"approach": each.approach} | {name: 100 * value for name, value in evaluate(each).items()} | cost)
     return pd.DataFrame(rows).set_index("approach")
 
 
 def show(results: pd.DataFrame) -> pd.DataFrame:
     """`table` as a reader wants to see it: scores in percent with their 95 % intervals, whole numbers with commas."""
-
-    def rounded(value: float) -> str:
-        return "—" if np.isnan(value) else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
-
     shown = pd.DataFrame(index=results.index.rename(None))
     for metric, heading, interval in (("accuracy", "accuracy %", "95 % interval"), ("macro_f1", "macro-F1 %", "95 % interval ")):
         score, low, high = (results[f"{metric}{end}"].map("{:.1f}".format) for end in ("", "_low", "_high"))
         shown[heading], shown[interval] = score, low + "\xa0to\xa0" + high
     shown["trained numbers"] = results["trainable_parameters"].map("{:,}".format)
-    shown["training s"] = results["training_seconds"].map(rounded)
-    shown["documents/s"] = results["documents_per_second"].map(rounded)
+    for heading, name in {"training s": "training_seconds", "documents/s": "documents_per_second"}.items():
+        shown[heading] = [f"{value:,.{int(value < 100)}f}".replace("nan", "—") for value in results[name]]
     return shown

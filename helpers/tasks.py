@@ -42,11 +42,10 @@ class Task:
         self._check_label_names()
         first_seen: dict[str, str] = {}
         for split in SPLITS:
-            texts = texts_of(getattr(self, split), f"{self.name}, {split}")
-            self._check_gold(split)
-            for row, text in enumerate(texts):
+            for row, text in enumerate(texts_of(getattr(self, split), f"{self.name}, {split}")):
                 if (other := first_seen.setdefault(normalised(text), split)) != split:
                     raise BookError(f"{self.name}: {split} row {row} repeats a text of {other} ({excerpt(text)}). Remove it.")
+            self._check_gold(split)
         seen = self._positives("train").any(axis=0)
         for split in SPLITS[1:]:
             for row, label in np.argwhere(self._positives(split) & ~seen):
