@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import joblib
 import numpy as np
@@ -12,7 +11,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 
 from helpers import base_models, prompts
 from helpers.approach import SUFFIX, Approach
@@ -22,33 +21,37 @@ from helpers.embeddings import embed, fit_probe
 from helpers.tasks import Task, texts_of
 
 
+class _OneFile(Approach):
+    """What it has learned, `model`, lies in one file."""
+
+    def _save(self, folder: Path) -> None:
+        joblib.dump(self.model, folder / "model.joblib")
+
+    def _load(self, folder: Path) -> None:
+        self.model = joblib.load(folder / "model.joblib")
+
+
 @dataclass
-class Majority(Approach):
+class Majority(_OneFile):
     """Always the most frequent training label; its probabilities are the training frequencies."""
 
     name: str = "majority class"
 
     def _fit(self, task: Task) -> None:
         gold = np.array(task.train["label"])
-        self._frequencies = (gold if task.multi_label else gold[:, None] == np.arange(len(self.labels))).mean(axis=0)
+        self.model = (gold if task.multi_label else np.eye(len(self.labels))[gold]).mean(axis=0)
 
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """The same for every text. See `Approach.predict_proba`."""
-        return np.tile(self._frequencies, (len(texts), 1))
-
-    def _save(self, folder: Path) -> None:
-        joblib.dump(self._frequencies, folder / "model.joblib")
-
-    def _load(self, folder: Path) -> None:
-        self._frequencies = joblib.load(folder / "model.joblib")
+        """The same for every text."""
+        return np.tile(self.model, (len(texts), 1))
 
 
 @dataclass
-class TfidfSvm(Approach):
+class TfidfSvm(_OneFile):
     """TF-IDF of words and word pairs, then a linear support vector machine: seconds to train, hard to beat.
 
-    An SVM has no probabilities; its margins go through a softmax here (a sigmoid in a multi-label task, which has one SVM a
-    label), so their order means something and their size does not.
+    An SVM has no probabilities; its margins go through a softmax here (a sigmoid where each label has its own SVM), so their
+    order means something and their size does not.
     """
 
     C: float = 1.0
@@ -63,27 +66,18 @@ class TfidfSvm(Approach):
         self.trainable_parameters = planes * len(features.vocabulary_)
 
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Softmax of the margins; multi-label, their sigmoid. See `Approach.predict_proba`."""
+        """Softmax of the margins; multi-label, their sigmoid."""
         margins = self.model.decision_function(texts)
         if margins.ndim == 1:  # two labels: one margin
             margins = np.stack([-margins, margins], axis=1) / 2
         return expit(margins) if self.multi_label else softmax(margins, axis=1)
 
-    def _save(self, folder: Path) -> None:
-        joblib.dump(self.model, folder / "model.joblib")
-
-    def _load(self, folder: Path) -> None:
-        self.model = joblib.load(folder / "model.joblib")
-
 
 @dataclass
 class FrozenProbe(Approach):
-    """Logistic regression on the embeddings of the base model as it comes.
+    """Logistic regression on the embeddings of the base model as it comes, pooled as `embeddings.embed` says.
 
-    Attributes:
-        base_model, suffix: as for `EmbeddingHead`; an empty suffix reads the bare last token.
-        pooling: `last`, `mean` or `max`, see `embeddings.embed`.
-        quantized: as the profile says; False for a small encoder, which needs no quantization anywhere.
+    An empty suffix reads the bare last token. `quantized` is as the profile says; False for a small encoder that needs none.
     """
 
     base_model: str = base_models.DEFAULT
@@ -91,9 +85,6 @@ class FrozenProbe(Approach):
     pooling: str = "last"
     quantized: bool = True
     name: str = "frozen embedding + probe"
-
-    model: ClassVar[PreTrainedModel]
-    tokenizer: ClassVar[PreTrainedTokenizerBase]
 
     def _load_base(self) -> None:
         self.tokenizer = base_models.load_tokenizer(self.base_model)
@@ -104,8 +95,7 @@ class FrozenProbe(Approach):
         self.probe = self._fit_probe(self._features(texts_of(task.train)), np.array(task.train["label"]))
         self.trainable_parameters = self.probe.coef_.size
 
-    def _fit_probe(self, features, gold: np.ndarray):
-        return fit_probe(features, gold)
+    _fit_probe = staticmethod(fit_probe)
 
     def _features(self, texts: list[str]) -> np.ndarray:
         texts = prompts.sanitize_prompts(texts, self.tokenizer, after=self.suffix)
@@ -115,7 +105,7 @@ class FrozenProbe(Approach):
         return features @ self.probe.coef_.T
 
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Softmax of the probe's logits; multi-label, their sigmoid. See `Approach.predict_proba`."""
+        """Softmax of the probe's logits; multi-label, their sigmoid."""
         logits = self._logits(self._features(texts))
         return expit(logits) if self.multi_label else softmax(logits, axis=1)
 
@@ -131,10 +121,7 @@ class FrozenProbe(Approach):
 class FineTunedEncoder(Approach):
     """An encoder of BERT's kind with a fresh head, all of it trained: what the paper compares with.
 
-    Attributes:
-        base_model: any model that `AutoModelForSequenceClassification` takes; documents beyond its length are refused.
-        learning_rate, epochs, batch_size, seed: of the training. The defaults were chosen on validation documents of BBC
-            News, 32 per class.
+    Documents beyond its length are refused. The defaults were chosen on validation documents of BBC News, 32 per class.
     """
 
     base_model: str = base_models.ENCODER
@@ -144,45 +131,31 @@ class FineTunedEncoder(Approach):
     seed: int = 0
     name: str = "MiniLM, fine-tuned"
 
-    model: ClassVar[PreTrainedModel]
-    tokenizer: ClassVar[PreTrainedTokenizerBase]
-
     def _fit(self, task: Task) -> None:
         set_seed(self.seed)
         self.tokenizer = base_models.load_tokenizer(self.base_model)
         texts, targets = self._training_targets(task)
-        problem = "multi_label_classification" if task.multi_label else "single_label_classification"
-        options = {"num_labels": len(task.labels), "problem_type": problem} | self._model_options()
+        texts = prompts.sanitize_prompts(texts, self.tokenizer)
+        options = {"num_labels": len(task.labels)} | self._model_options()
         self.model = base_models.load(self.base_model, AutoModelForSequenceClassification, "float32", **options)
+        settings = {"learning_rate": self.learning_rate, "num_train_epochs": self.epochs, "seed": self.seed}
+        settings |= {"per_device_train_batch_size": self.batch_size, "precision": "float32", "loss": self._loss}
         with resumable(None, {}) as scratch:
-            train_classifier(
-                self.model,
-                self.tokenizer,
-                prompts.sanitize_prompts(texts, self.tokenizer),
-                targets,
-                precision="float32",
-                loss=self._loss,
-                learning_rate=self.learning_rate,
-                num_train_epochs=self.epochs,
-                per_device_train_batch_size=self.batch_size,
-                seed=self.seed,
-                **scratch,
-            )
+            train_classifier(self.model, self.tokenizer, texts, targets, **settings, **scratch)
         self.model.eval()
         self.trainable_parameters = self.model.num_parameters(only_trainable=True)
 
+    _loss = None  # the model's own
+
     def _training_targets(self, task: Task) -> tuple[list[str], list]:
-        """The texts it learns from, and what it is told about them."""
         return texts_of(task.train), list(task.train["label"])
 
     def _model_options(self) -> dict:
         return {}
 
-    _loss = None  # the model's own
-
     @torch.inference_mode()
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Softmax of the logits; multi-label, their sigmoid. See `Approach.predict_proba`."""
+        """Softmax of the logits; multi-label, their sigmoid."""
         texts = prompts.sanitize_prompts(texts, self.tokenizer)
         logits = np.empty((len(texts), len(self.labels)))
         for rows, batch in prompts.batches(texts, self.tokenizer, batch_size):

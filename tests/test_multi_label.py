@@ -16,8 +16,7 @@ from helpers.embedding_head import EmbeddingHead
 from helpers.embeddings import fit_probe
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, best_thresholds, compare, evaluate, pool
-from helpers.instruction import InstructionTuned
-from helpers.lab.approaches import score_questions
+from helpers.lab.approaches import InstructionTuned, score_questions
 from helpers.label_scoring import list_items, score_label_lists
 from helpers.tasks import Task
 
@@ -240,7 +239,7 @@ def test_a_question_is_answered_as_by_one_pass_for_each_label(scorer):
 
 def test_questions_are_about_own_labels_and_two_others(tiny_model, task):
     tuned = InstructionTuned(tiny_model, epochs=0, ask="questions").fit(task)
-    examples = tuned._training_examples(task)
+    examples = tuned._examples(task)
     first = [
         (prompt.split()[-1], said) for prompt, said in zip(*examples.values(), strict=True) if prompt.startswith("0 the goal\n")
     ]
@@ -259,11 +258,11 @@ def test_a_list_is_in_the_order_that_is_asked_for(tiny_model, order, expected):
     rows = documents(range(4)).to_list() + [{"text": f"{n} server", "label": [n % 2, 0, 1]} for n in range(4)]
     task = Task("tiny", tuple(WORDS), Dataset.from_list(rows), documents([4]), documents([5]), multi_label=True)
     tuned = InstructionTuned(tiny_model, epochs=0, order=order).fit(task)
-    assert tuned._training_examples(task)["completion"][6] == expected
+    assert tuned._examples(task)["completion"][6] == expected
 
 
 def test_a_random_order_is_another_one_for_each_document_and_the_same_for_a_seed(tiny_model, task):
-    said = [InstructionTuned(tiny_model, epochs=0, order="random").fit(task)._training_examples(task)["completion"] for _ in "ab"]
+    said = [InstructionTuned(tiny_model, epochs=0, order="random").fit(task)._examples(task)["completion"] for _ in "ab"]
     assert said[0] == said[1]
     assert len(set(said[0][6::7])) > 1 and all(sorted(each[1:].split(", ")) == sorted(WORDS) for each in said[0][6::7])
 
