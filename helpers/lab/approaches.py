@@ -28,12 +28,23 @@ RESULTS = Path(__file__).parents[2] / "book" / "results"
 KEPT = 200  # validation documents, the last ones, that no student sees
 
 
+def bidirectional(model: PreTrainedModel) -> None:
+    """Take the causal mask away, in place: every token attends to the whole text, as in an encoder.
+
+    The configuration's switch builds the mask, the attention layers' is asked where a batch has no padding and so no mask.
+    """
+    model.config.get_text_config().is_causal = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+
+
 @dataclass
 class EmbeddingHead(embedding_head.EmbeddingHead):
     """The embedding head with more options.
 
     Attributes:
-        causal: False takes the causal mask away (`base_models.bidirectional`).
+        causal: False takes the causal mask away (`bidirectional`).
         precision: of the base model's weights, see `profiles.current`.
         lora: more options of `LoraConfig`.
     """
@@ -45,7 +56,7 @@ class EmbeddingHead(embedding_head.EmbeddingHead):
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = super()._load_base()
         if not self.causal:
-            base_models.bidirectional(model)
+            bidirectional(model)
         return model, tokenizer
 
     def _lora_options(self) -> dict:
@@ -205,7 +216,7 @@ class FrozenProbe(baselines.FrozenProbe):
     Attributes:
         pooling: also `attention`, which learns which tokens to read (`AttentionProbe`).
         layer: read the hidden states above so many blocks (and the final norm); None for all of them.
-        causal: False takes the causal mask away (`base_models.bidirectional`).
+        causal: False takes the causal mask away (`bidirectional`).
     """
 
     layer: int | None = None
@@ -217,7 +228,7 @@ class FrozenProbe(baselines.FrozenProbe):
             base_models.check_n_layers(self.layer, len(self.model.layers))
             self.model.layers = self.model.layers[: self.layer]
         if not self.causal:
-            base_models.bidirectional(self.model)
+            bidirectional(self.model)
 
     def _fit(self, task: Task) -> None:
         super()._fit(task)
