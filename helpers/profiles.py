@@ -1,11 +1,8 @@
-"""`quick` on a laptop, `full` on a GPU: the same cells, one switch.
-
-The switch is the hardware; the environment variable BOOK_PROFILE overrides it.
-"""
+"""`quick` on a laptop, `full` on a GPU: the same cells; the hardware decides, or the environment variable BOOK_PROFILE."""
 
 import os
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import datasets
 import torch
@@ -19,22 +16,13 @@ PROFILE_VARIABLE = "BOOK_PROFILE"
 
 @dataclass(frozen=True)
 class Profile:
-    """What the hardware decides.
+    """What the hardware decides."""
 
-    Attributes:
-        name: `quick` (any CPU) or `full` (one CUDA GPU).
-        device: where the model lies, for `device_map`.
-        dtype: of the weights that are not quantized, and of the computation.
-        quantization: passed as `quantization_config=`; None on a CPU, where 4-bit training is slower and not smaller
-            than the float32 it saves (chapter 02 measures it).
-        attention: passed as `attn_implementation=`; on a CPU the plain one is faster for short texts.
-    """
-
-    name: str
-    device: str
-    dtype: torch.dtype
-    quantization: BitsAndBytesConfig | None = None
-    attention: str = "sdpa"
+    name: str  # `quick` (any CPU) or `full` (one CUDA GPU)
+    device: str  # where the model lies, for `device_map`
+    dtype: torch.dtype  # of the weights that are not quantized, and of the computation
+    quantization: BitsAndBytesConfig | None = None  # none on a CPU, where it is slower and saves nothing (chapter 02)
+    attention: str = "sdpa"  # for `attn_implementation`; on a CPU the plain one is faster for short texts
 
     def __str__(self) -> str:
         where = torch.cuda.get_device_name() if self.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -49,40 +37,30 @@ def current(precision: str | None = None) -> Profile:
         precision: `nf4`, `bfloat16` or `float32` for the base model's weights, instead of what the profile says.
 
     Raises:
-        BookError: BOOK_PROFILE is neither quick nor full, or asks for full where there is no GPU; an unknown precision.
+        BookError: an unknown profile or precision, or the full profile where there is no GPU.
     """
-    profile = _of_machine()
-    if precision is None:
-        return profile
-    if precision not in ("nf4", "bfloat16", "float32"):
-        raise unknown_name("precision", precision, ("nf4", "bfloat16", "float32"))
-    if precision == "nf4":
-        return replace(profile, quantization=_nf4(profile.dtype))
-    return replace(profile, dtype=getattr(torch, precision), quantization=None)
-
-
-def _of_machine() -> Profile:
     gpu = torch.cuda.is_available()
     name = os.environ.get(PROFILE_VARIABLE) or ("full" if gpu else "quick")
     if name not in ("quick", "full"):
         raise unknown_name("profile", name, ("quick", "full"))
+    if precision not in (None, "nf4", "bfloat16", "float32"):
+        raise unknown_name("precision", precision, ("nf4", "bfloat16", "float32"))
+    if name == "full" and not gpu:
+        raise BookError(f"{PROFILE_VARIABLE}=full needs a CUDA GPU and none is visible. Unset it to run the quick profile.")
     if name == "quick":
         torch.set_float32_matmul_precision("medium")  # products through oneDNN, about twice as fast; records say so
-        return Profile("quick", "cpu", torch.float32, attention="eager")
-    if not gpu:
-        raise BookError(f"{PROFILE_VARIABLE}=full needs a CUDA GPU and none is visible. Unset it to run the quick profile.")
-    # Without native bfloat16 (a T4, say) float32 is the safe choice: float16 overflows in some models and needs loss scaling.
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return Profile("full", "cuda", dtype, _nf4(dtype))
-
-
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+        device, dtype, attention = "cpu", torch.float32, "eager"
+    else:
+        # Without native bfloat16 (a T4, say) float32 is the safe choice: float16 overflows in some models and needs loss scaling.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        device, dtype, attention = "cuda", torch.bfloat16 if native else torch.float32, "sdpa"
+    quantization = None
+    if precision == "nf4" or (precision is None and name == "full"):
+        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        quantization = BitsAndBytesConfig(load_in_4bit=True, **options)
+    elif precision:
+        dtype = getattr(torch, precision)
+    return Profile(name, device, dtype, quantization, attention)
 
 
 def start(seed: int = 0) -> Profile:

@@ -8,6 +8,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,66 +17,42 @@ import pandas as pd
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
 
-_COST = ("seconds", "training_seconds", "trainable_parameters", "tokens", "peak_memory")  # what `Predictions` takes of it
-
 # The new name of an approach ("Class") or of a setting ("Class.setting", by the class's old name); None: the setting is gone.
 RENAMED: dict[str, str | None] = {}
 
 # The default that each setting had when it was introduced, or when recording began if it is older than that. A record without a
 # setting was made before it and counts with this one, whatever the default is today: add new settings, do not follow changes.
-_MODEL = {"base_model": "SmolLM2-135M-Instruct", "suffix": "\n\nThe topic of this article is"}
-_TRAINING = {"learning_rate": 5e-4, "batch_size": 8, "seed": 0, "checkpoints": None}
-_ADAPTER = {"n_layers": 10, "rank": 16, "lora": {}, "precision": None}
-_PROMPT = {"prefix": "", "chat": False, "shots": 0, "verbalizer": None, "ask": "list", "order": "task", "prompt_loss_weight": 0.0}
-_ENCODER = {"base_model": "all-MiniLM-L6-v2", "n_layers": None, "learning_rate": 2e-4, "batch_size": 16, "seed": 0}
-_STUDENT = {"teacher": "teachers", "of": "EmbeddingHead", "seed": 0}
-_HEAD = {"probe_init": True, "causal": True, "epochs": 2, "name": "embedding head + LoRA"}
-_PROBE = {"pooling": "last", "layer": None, "causal": True, "quantized": True, "name": "frozen embedding + probe"}
-DEFAULTS = {
-    "Majority": {"name": "majority class"},
-    "TfidfSvm": {"C": 1.0, "name": "TF-IDF + linear SVM"},
-    "FrozenProbe": {**_MODEL, **_PROBE},
-    "FineTunedEncoder": {**_ENCODER, "epochs": 5, "name": "MiniLM, fine-tuned"},
-    "DistilledEncoder": {**_ENCODER, **_STUDENT, "epochs": 4, "temperature": 2.0, "name": "MiniLM, distilled"},
-    "DistilledTfidf": {**_STUDENT, "C": 10.0, "name": "TF-IDF, distilled"},
-    "EmbeddingHead": {**_MODEL, **_ADAPTER, **_TRAINING, **_HEAD},
-    "InstructionTuned": {**_MODEL, **_ADAPTER, **_TRAINING, **_PROMPT, "epochs": 4, "name": "instruction tuning + LoRA"},
-}
+DEFAULTS: dict[str, dict] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 def read(path: str | Path) -> list[dict]:
     """The records of a file, oldest first, in today's names and with every setting; none if there is no such file.
 
-    A last line without an end was torn by a crash or a cut copy: it is left out, with a word on stderr.
-
-    Raises:
-        BookError: another line that is no record, or two records of the same run.
+    A last line without an end was torn by a crash or a cut copy: it is left out, with a word on stderr. BookError: another line
+    that is no record, or two records of the same run.
     """
-    path, records, seen = Path(path), [], {}
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
-    for number, line in enumerate(lines, start=1):
-        last = number == len(lines)
-        if last and not line:
-            break
+    path, records = Path(path), {}
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    for number, line in enumerate([*lines, last] if last else lines, start=1):
         try:
             record = json.loads(line)
             record["key"] = _migrated(record["key"])
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            if last:
+            if number > len(lines):
                 print(f"{path}: the last line is torn and left out; its run will be made again.", file=sys.stderr)
                 break
             raise BookError(f"{path}, line {number} is no record ({error!r}). Delete it; its run is then made again.") from error
         run = json.dumps(record["key"], sort_keys=True)
-        if run in seen:
-            raise BookError(f"{path}, line {number} records the same run as line {seen[run]}. Delete one of them.")
-        seen[run] = number
-        records.append(record)
-    return records
+        if run in records:
+            first = list(records).index(run) + 1
+            raise BookError(f"{path}, line {number} records the same run as line {first}. Delete one of them.")
+        records[run] = record
+    return list(records.values())
 
 
 def _migrated(key: dict) -> dict:
     """A run's key in today's names, with the settings that its record lacks."""
-    if "approach" not in key:
+    if "settings" not in key:  # a benchmark's
         return key
     approach = key["approach"]
     settings = copy.deepcopy(DEFAULTS.get(approach, {})) | key["settings"]
@@ -86,21 +63,20 @@ def _migrated(key: dict) -> dict:
 
 def title(key: dict) -> str:
     """A run in a few words: its task, and what differs from `DEFAULTS`."""
-    defaults = DEFAULTS.get(key["approach"], {}) | {"seed": key["seed"]}
-    changed = [f"{name}={value}" for name, value in key["settings"].items() if name not in defaults or defaults[name] != value]
+    defaults = (DEFAULTS.get(key["approach"], {}) | {"seed": key["seed"]}).items()
+    changed = [f"{name}={value}" for name, value in key["settings"].items() if (name, value) not in defaults]
     options = [f"{name}={value}" for name, value in key["options"].items()]
     return f"{key['task']}({', '.join(options)}) {key['approach']}({', '.join(changed)}) seed {key['seed']}"
 
 
 def predictions_of(record: dict) -> Predictions:
     """A record's predictions, with probabilities to five digits."""
-    cost = {name: record["cost"][name] for name in _COST}
+    cost = {field.name: record["cost"][field.name] for field in fields(Predictions) if field.name in record["cost"]}
     probabilities, gold = np.array(record["probabilities"]), np.array(record["gold"])
     if gold.ndim == 1:
         probabilities /= probabilities.sum(axis=1, keepdims=True)  # undo what rounding did to many labels
-    groups = None if record["groups"] is None else np.array(record["groups"])
-    labels, test_set = tuple(record["labels"]), record["test_set"]
-    return Predictions(record["name"], labels, probabilities, gold, **cost, test_set=test_set, groups=groups)
+    more = {"test_set": record["test_set"], "groups": None if record["groups"] is None else np.array(record["groups"])}
+    return Predictions(record["name"], tuple(record["labels"]), probabilities, gold, **cost, **more)
 
 
 def validation_of(record: dict) -> Predictions:
@@ -111,17 +87,15 @@ def validation_of(record: dict) -> Predictions:
 
 
 def frame(records: Iterable[dict]) -> pd.DataFrame:
-    """Records as a table to filter, group and draw, a row each.
+    """Records as a table to filter, group and draw, a row each, with metrics in 0..1 and the cost in seconds, bytes and counts.
 
-    Columns are `task` (and what is read of its texts), `approach` (its name), `seed`, `profile`, `rank` (NaN without LoRA), the
-    metrics in 0..1, the cost (seconds, bytes, counts) and the `record` itself.
+    `task` says what is read of its texts, `rank` is NaN without LoRA, and `record` is the record itself.
     """
     rows = []
     for record in records:
         key, options = record["key"], record["key"]["options"]
-        cut = "".join(f", {options[name]} {name}" for name in ("words", "tokens") if name in options)
-        cut += f" of {options['tokenizer']}" if "tokenizer" in options else ""
-        known = {"task": key["task"] + cut, "approach": record["name"], "seed": key["seed"], "profile": key["profile"]}
-        known |= {"rank": key["settings"].get("rank"), **record["metrics"], **record["cost"], "record": record}
-        rows.append(known)
+        task = key["task"] + "".join(f", {options[name]} {name}" for name in ("words", "tokens") if name in options)
+        task += f" of {options['tokenizer']}" if "tokenizer" in options else ""
+        row = {"task": task, "approach": record["name"], "seed": key["seed"], "profile": key["profile"]}
+        rows.append(row | {"rank": key["settings"].get("rank")} | record["metrics"] | record["cost"] | {"record": record})
     return pd.DataFrame(rows)

@@ -16,7 +16,7 @@ def test_without_a_gpu_it_is_quick_in_float32_on_the_cpu(monkeypatch, value):
         monkeypatch.delenv("BOOK_PROFILE", raising=False)
     else:
         monkeypatch.setenv("BOOK_PROFILE", value)
-    assert profiles.current() == profiles.Profile("quick", "cpu", torch.float32, None)
+    assert profiles.current() == profiles.Profile("quick", "cpu", torch.float32, None, "eager")
 
 
 def test_quick_can_be_asked_for_on_a_gpu(monkeypatch):

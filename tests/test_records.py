@@ -51,6 +51,11 @@ def test_no_file_is_no_records(tmp_path):
     assert records.read(tmp_path / "none.jsonl") == []
 
 
+def test_a_benchmark_is_read_too():
+    path = RESULTS.parent / "benchmarks" / "one_gpu.jsonl"
+    assert records.read(path) == [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.parametrize("line", ['{"key": ', "3", "[]", "{}", ""])
 def test_a_damaged_line_is_named(tmp_path, line):
     whole = json.dumps(fake(1))
