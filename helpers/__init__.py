@@ -1,10 +1,6 @@
-"""Plumbing for the book *Head or Prompt?*: one data path for every approach.
+"""Plumbing for the book *Head or Prompt?*: Task -> approach.fit -> approach.predict -> Predictions -> evaluate.
 
-Task -> approach.fit -> approach.predict -> Predictions -> evaluate
-
-The lesson itself stands in the chapters, written directly on transformers, peft, trl and
-scikit-learn. What is in here is what would only get in the way there: fetching, checking,
-timing, tables and figures. Each module says which chapter explains it.
+The lesson stands in the chapters, on transformers, peft, trl and scikit-learn. What is in here would only get in the way there.
 """
 
 import logging

@@ -10,22 +10,16 @@ from helpers.errors import BookError
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """What steers a model wherever it stands in a text: special tokens, and added ones that the chat template writes."""
-    template = str(tokenizer.chat_template or "")
-    added = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in template and not token.content.isspace())
-    ]
-    return tuple(sorted({*added, *tokenizer.all_special_tokens} - {""}, key=lambda token: (-len(token), token)))
+    template, added = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder.values()
+    found = {token.content for token in added if token.special or (token.content in template and not token.content.isspace())}
+    return tuple(sorted((found | set(tokenizer.all_special_tokens)) - {""}, key=lambda token: (-len(token), token)))
 
 
 def sanitize_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase, before: str = "", after: str = "") -> list[str]:
     """Each document between `before` and `after`; a control token in it is broken by a space and read as text.
 
     So is one that only arises where document and frame meet. The frame keeps its own, and a document without any is unchanged.
-
-    Raises:
-        BookError: as `check_control_tokens`.
+    BookError: one cannot be broken.
     """
     tokens = control_tokens(tokenizer)
     pattern = re.compile("|".join(re.escape(token) for token in tokens if token[1:]) or "(?!)")
@@ -48,9 +42,6 @@ def check_control_tokens(prompts: list[str], ordinary: str, tokenizer: PreTraine
     """Refuse prompts whose control tokens are not those of `ordinary`, the prompt of a document that has none.
 
     A tokenizer may find a control token where its text does not stand, in letters of another width for instance.
-
-    Raises:
-        BookError: a prompt has others.
     """
     ids = set(tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer))))
     if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
@@ -62,11 +53,7 @@ def check_control_tokens(prompts: list[str], ordinary: str, tokenizer: PreTraine
 
 
 def check_open_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that closes every text, as those of embedding models do: no label can be read behind such an end.
-
-    Raises:
-        BookError: it appends a token.
-    """
+    """Refuse a tokenizer that closes every text, as those of embedding models do: no label can be read behind such an end."""
     closed, plain = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
     if closed[-1] != plain[-1]:
         token = tokenizer.convert_ids_to_tokens(closed[-1])
@@ -74,20 +61,14 @@ def check_open_end(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each text.
-
-    Raises:
-        BookError: a text has no tokens, or more than the model takes.
-    """
+    """Token ids of each text; BookError if it has none, or more than the model takes."""
     encoded = tokenizer(texts).input_ids
     for row, ids in enumerate(encoded):
         if not ids:
             raise BookError(f"Text {row} is empty ({texts[row]!r}), so there is nothing to read. Drop it or give it a text.")
         if len(ids) > tokenizer.model_max_length:
-            raise BookError(
-                f"Text {row} has {len(ids)} tokens, the model takes {tokenizer.model_max_length}. "
-                "Shorten the documents (`tasks.load(…, shorten=…)`)."
-            )
+            most = f"the model takes {tokenizer.model_max_length}"
+            raise BookError(f"Text {row} has {len(ids)} tokens, {most}. Shorten the documents (`tasks.load(…, shorten=…)`).")
     return encoded
 
 
@@ -101,11 +82,7 @@ def batches(
         skip: leave out the first tokens of every text, which must have more.
 
     Yields:
-        `(rows, batch)`: a list of indices into `texts`, and `input_ids` and `attention_mask` of shape
-        (len(rows), n_tokens), padded on `side`.
-
-    Raises:
-        BookError: as `encode`.
+        Indices into `texts`, and `input_ids` and `attention_mask` of shape (len(rows), n_tokens).
     """
     encoded = encode(texts, tokenizer)
     order = sorted(range(len(texts)), key=lambda row: -len(encoded[row]))
