@@ -9,10 +9,9 @@ import torch
 from datasets import Dataset
 from scipy.special import log_softmax, softmax
 
-from helpers.baselines import FineTunedEncoder
 from helpers.errors import BookError
 from helpers.lab import approaches, sweeps
-from helpers.lab.approaches import DistilledEncoder, DistilledTfidf, distillation_loss, soften, training_targets
+from helpers.lab.approaches import DistilledEncoder, DistilledTfidf, FineTunedEncoder, distillation_loss, soften, training_targets
 from helpers.tasks import Task
 
 
@@ -24,7 +23,7 @@ def taught(tiny_task, tmp_path, monkeypatch):
     said = np.full((n, n_labels), 0.1 / (n_labels - 1))
     said[np.arange(n), (np.array(tiny_task.validation["label"]) + 1) % n_labels] = 0.9
     record = {
-        "key": {"approach": "EmbeddingHead", "seed": 0},
+        "key": {"approach": "EmbeddingHead", "settings": {}, "seed": 0},
         "content_hash": tiny_task.content_hash(),
         "validation": {"probabilities": said.tolist()},
     }
