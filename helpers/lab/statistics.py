@@ -13,14 +13,9 @@ from helpers.evaluation import Predictions, compare
 
 
 def comparisons(pairs: dict[str, tuple[Predictions, Predictions]], **options) -> pd.DataFrame:
-    """`compare` for every pair, with the p-values of the whole family adjusted by Holm's method as `p_holm`.
+    """`compare`, with its `options`, for every pair: a row each, with the p-values of the whole family after Holm as `p_holm`.
 
-    Args:
-        pairs: what to call each comparison, and its two sides.
-        options: of `compare`.
-
-    Returns:
-        A DataFrame with one row a pair; the chance of one false "better" anywhere in it is at most 5 % at `p_holm` < 0.05.
+    The chance of one false "better" anywhere in it is at most 5 % at `p_holm` < 0.05.
     """
     rows = pd.DataFrame({name: compare(a, b, **options) for name, (a, b) in pairs.items()}).T
     return rows.assign(p_holm=multipletests(rows["p_value"], method="holm")[1])
@@ -31,13 +26,9 @@ def spread(results: Sequence[Predictions]) -> dict[str, float]:
 
     Every seed draws its own training and test documents, so the variance between seeds is the sum of both. That of the
     documents is known, p (1 - p) / n; what is left comes from the training documents and the seed (method of moments,
-    never below zero). With three seeds it is a rough figure.
+    never below zero). With three seeds it is a rough figure. BookError: one result, or two of the same test set.
 
-    Returns:
-        `mean` accuracy and the standard deviations `between_seeds` (observed), `documents` and `training`, all in 0..1.
-
-    Raises:
-        BookError: there is one result only, or two of them have the same test set.
+    Returns `mean` accuracy and the standard deviations `between_seeds` (observed), `documents` and `training`, all in 0..1.
     """
     if len(results) < 2:
         raise BookError(f"{results[0].approach}: one seed has no spread. Record at least two.")
@@ -47,20 +38,14 @@ def spread(results: Sequence[Predictions]) -> dict[str, float]:
     accuracy = np.array([each.correct.mean() for each in results])
     documents = np.mean([p * (1 - p) / len(each.gold) for p, each in zip(accuracy, results, strict=True)])
     between = accuracy.var(ddof=1)
-    return {
-        "mean": accuracy.mean(),
-        "between_seeds": between**0.5,
-        "documents": documents**0.5,
-        "training": max(between - documents, 0.0) ** 0.5,
-    }
+    variances = {"between_seeds": between, "documents": documents, "training": max(between - documents, 0.0)}
+    return {"mean": accuracy.mean()} | {name: variance**0.5 for name, variance in variances.items()}
 
 
 def power(difference: float, n_documents: int, disagree: float, alpha: float = 0.05) -> float:
-    """Chance that the exact McNemar test finds a true `difference` in accuracy between two classifiers.
+    """Chance that the exact McNemar test finds a true `difference` (0..disagree) in accuracy between two classifiers.
 
-    Args:
-        difference: in 0..disagree.
-        disagree: share of the documents on which just one of the two is right.
+    `disagree` is the share of the documents on which just one of the two is right.
     """
     k = np.arange(n_documents + 1)  # documents on which they disagree
     cut = binom.ppf(alpha / 2, k, 0.5) - 1  # so few on one side: significant
@@ -72,11 +57,7 @@ def power(difference: float, n_documents: int, disagree: float, alpha: float = 0
 def minimum_detectable_effect(n_documents: int, disagree: float, wanted_power: float = 0.8, alpha: float = 0.05) -> float:
     """The smallest true difference in accuracy that `n_documents` show with `wanted_power` (chapter 01 derives it).
 
-    Returns:
-        The difference in 0..disagree, or NaN where even winning every disagreement would not be enough.
-
-    Raises:
-        BookError: `disagree` is no share of the documents.
+    NaN where even winning every disagreement would not be enough; BookError: `disagree` is no share of the documents.
     """
     if not 0 < disagree <= 1:
         raise BookError(f"disagree is {disagree}, but it is a share of the documents: more than 0, at most 1.")
@@ -93,11 +74,9 @@ def _confidence(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reliability(predictions: Predictions, n_bins: int = 10) -> pd.DataFrame:
-    """Confidence against accuracy in `n_bins` bins of equal width: calibrated where the two are equal.
+    """Means of `confidence` and `accuracy` in `n_bins` bins of equal width, with the number of `documents`: a row for each bin.
 
-    Returns:
-        One row a bin that has documents, with `confidence`, `accuracy` (means) and `documents`; in a multi-label task every
-        label of every document is one, with its probability and whether it is true.
+    In a multi-label task every label of every document is one, with its probability and whether it is true.
     """
     confidence, correct = _confidence(predictions)
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
@@ -106,21 +85,15 @@ def reliability(predictions: Predictions, n_bins: int = 10) -> pd.DataFrame:
 
 
 def expected_calibration_error(predictions: Predictions, n_bins: int = 10) -> float:
-    """Mean distance between confidence and accuracy over the bins of `reliability`, weighted by documents, in 0..1.
-
-    Guo et al. 2017, arXiv 1706.04599.
-    """
+    """Mean distance between the two in `reliability`, weighted by documents, in 0..1 (Guo et al. 2017, arXiv 1706.04599)."""
     rows = reliability(predictions, n_bins)
     return float(np.average((rows["confidence"] - rows["accuracy"]).abs(), weights=rows["documents"]))
 
 
 def risk_coverage(predictions: Predictions) -> pd.DataFrame:
-    """Error rate among the most confident documents, for every number of documents answered.
+    """For every distinct confidence, `coverage`: the share of documents at least so sure, and `risk`: of wrong ones among them.
 
-    Returns:
-        A row for every distinct confidence, most confident first: `coverage`, the share of documents at least so sure, and
-        `risk`, the share of wrong ones among them. Multi-label: a document is as sure as its least certain label, and
-        right if all of its labels are.
+    Multi-label: a document is as sure as its least certain label, and right if all of its labels are.
     """
     sure = predictions.probabilities.max(axis=1)
     if predictions.multi_label:
