@@ -4,14 +4,12 @@ import argparse
 import ctypes
 import gc
 import hashlib
-import inspect
 import itertools
 import json
-import os
 import platform
+import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields, replace
@@ -24,10 +22,12 @@ import torch
 import yaml
 from datasets import Dataset
 from filelock import FileLock
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save as as_bytes
 from sklearn.model_selection import ParameterGrid
 from tqdm.auto import tqdm
 
-from helpers import base_models, corpora, profiles, records, splits, tasks
+from helpers import base_models, corpora, profiles, records, tasks
 from helpers.errors import BookError, unknown_name
 from helpers.evaluation import Predictions, evaluate, measure
 from helpers.lab.approaches import APPROACHES
@@ -36,30 +36,26 @@ Sources = Mapping[str, corpora.Source]
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "scikit-learn")
 CONTENT_FREE = ("N/A", "[MASK]", "...")  # what contextual calibration asks about (Zhao et al. 2021, arXiv 2102.09690)
 _COST = ("training_seconds", "seconds", "documents_per_second", "tokens", "peak_memory", "trainable_parameters")
-_SWEEP = ("tasks", "seeds", "approaches", "validation", "base_model", "full")
-_SPLIT = {name for name, each in inspect.signature(splits.split_rows).parameters.items() if each.kind is each.KEYWORD_ONLY}
-_OPTIONS = {"words", "tokens", *_SPLIT} - {"seed"} | {"conflicting"}
+_SWEEP = {"tasks": list, "seeds": list, "approaches": list, "validation": bool, "base_model": str, "full": dict}
+_OPTIONS = ("words", "tokens", "per_class", "n_train", "n_validation", "n_test", "by_group", "conflicting")
 
 
 def provenance() -> dict:
     """What made a record: device, threads, how it computes, library versions, commit (None without git) and date."""
-    profile, here = profiles.current(), Path(__file__).parent
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
-    except OSError:  # there is no git
-        commit = ""
+    profile = profiles.current()
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    processor = re.search(r"model name\s*: (.*)", cpuinfo)
+    unknown, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')
     return {
-        "device": torch.cuda.get_device_name() if profile.device == "cuda" else processor,
+        "device": torch.cuda.get_device_name() if profile.device == "cuda" else (processor or [0, platform.processor()])[1],
         "threads": torch.get_num_threads(),
         "dtype": str(profile.dtype).removeprefix("torch."),
         "quantization": "NF4" if profile.quantization else None,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "attention": getattr(profile, "attention", None),
+        "attention": profile.attention,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
-        "commit": commit or None,
+        "commit": None if unknown else commit,
         "date": date.today().isoformat(),
     }
 
@@ -73,10 +69,9 @@ def other_versions(made: Iterable[dict]) -> list[str]:
 
 
 def append(path: str | Path, record: dict) -> bool:
-    """Add `record` to the file, unless it holds the same run already; returns whether it was added.
+    """Add `record` to the file, unless it holds the same run already; returns whether it was added. A torn last line goes.
 
-    The new file is written beside the old one and put in its place at once, under a lock: whenever the process dies, the
-    file has the record or does not have it, and two processes can write to it. A torn last line goes.
+    The file is replaced whole, under a lock: whenever the process dies it has the record or does not, and two can write to it.
     """
     path = Path(path)
     with FileLock(f"{path}.lock"):
@@ -84,19 +79,14 @@ def append(path: str | Path, record: dict) -> bool:
         if any(record["key"] == each["key"] for each in before):
             return False
         written = path.with_name(f"{path.name}.tmp")
-        with open(written, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in [*before, record])
-            file.flush()
-            os.fsync(file.fileno())
+        lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in [*before, record])
+        written.write_text("".join(lines), encoding="utf-8")
         written.replace(path)
     return True
 
 
 def load_task(key: dict, sources: Sources = corpora.TASKS) -> tasks.Task:
-    """The task of a run, read from `sources`, in the splits of its seed.
-
-    The options `words` and `tokens` say what is read of each document, tokens being those of the base model `tokenizer`.
-    """
+    """The task of a run in the splits of its seed, its documents cut to `words`, or to `tokens` of the base model `tokenizer`."""
     options, source = dict(key["options"]), sources[key["task"]]
     tokenizer = options.pop("tokenizer", base_models.DEFAULT)
     if "words" in options:
@@ -119,13 +109,7 @@ def groups_of(task: tasks.Task) -> list[str]:
 
 
 def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TASKS) -> dict:
-    """Make one run and return its record.
-
-    Args:
-        key: of `keys`; with `validation`, predictions for validation documents and `CONTENT_FREE` texts are recorded too.
-        save: a folder for what was trained.
-        sources: see `load_task`.
-    """
+    """Make one run and return its record, with those on validation and `CONTENT_FREE` texts if the key says `validation`."""
     give_back_memory()  # so that the peak is that of this run
     made_with, task = provenance(), load_task(key, sources)  # what can go wrong does so before the training
     with measure() as training:
@@ -133,26 +117,23 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
     if save is not None:
         approach.save(save)
     found = replace(approach.predict(task.test), test_set=test_set(task), groups=np.array(groups_of(task)))
-    cost = {name: getattr(found, name) for name in _COST}
-    cost |= {"training_peak_memory": training.peak_memory, "adapter_bytes": _adapter_bytes(approach)}
-    cost |= {"tokens_per_second": found.tokens / found.seconds if found.tokens else None}
-    more = {}
-    if key.get("validation"):
-        blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][: len(CONTENT_FREE)]})
-        asked = {"validation": task.validation, "content_free": blank}
-        more = {name: _written(approach.predict(documents)) for name, documents in asked.items()}
+    model = getattr(approach, "model", None)
+    adapter = as_bytes(get_peft_model_state_dict(model), {"format": "pt"}) if isinstance(model, PeftModel) else b""
+    cost = {name: getattr(found, name) for name in _COST} | {"training_peak_memory": training.peak_memory}
+    cost |= {"adapter_bytes": len(adapter) or None, "tokens_per_second": found.tokens / found.seconds if found.tokens else None}
+    blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][: len(CONTENT_FREE)]})
+    asked = {"validation": task.validation, "content_free": blank} if key.get("validation") else {}
     record = {
         "key": key,
         "name": found.approach,
         "content_hash": task.content_hash(),
         "test_set": found.test_set,
         "labels": found.labels,
-        "metrics": None,
         "cost": cost,
         "provenance": made_with,
         "groups": found.groups.tolist(),
         **_written(found),
-        **more,
+        **{name: _written(approach.predict(documents)) for name, documents in asked.items()},
     }
     return record | {"metrics": evaluate(records.predictions_of(record))}  # of what is recorded, rounded as it is
 
@@ -161,53 +142,33 @@ def _written(predictions: Predictions) -> dict:
     return {"gold": predictions.gold.tolist(), "probabilities": predictions.probabilities.round(5).tolist()}
 
 
-def _adapter_bytes(approach) -> int | None:
-    """What a trained adapter and its head take on disk; None where there is no adapter."""
-    if not hasattr(getattr(approach, "model", None), "peft_config"):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        approach.model.save_pretrained(folder)
-        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
 def give_back_memory() -> None:
     """Return what earlier runs in this process held to the system, as far as it lets us."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
+    torch.cuda.empty_cache()
+    if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # in glibc only
 
 
 def keys(sweep: dict, sources: Sources = corpora.TASKS) -> list[dict]:
     """Every run of a sweep, each once: task by task and seed by seed, all approaches in all their settings.
 
-    Args:
-        sweep: `tasks` and `approaches`, lists of `name: options`, where a list as an approach's option is tried value by value;
-            `seeds`; and optionally `validation: true`, see `run`; `base_model`, for every approach that has the book's, its
-            tokenizer cutting the documents for all approaches alike; `full`, what is different under the full profile.
-        sources: see `load_task`.
-
-    Raises:
-        BookError: an unknown or missing entry, task, option, approach or setting; the nearest is suggested.
+    `tasks` and `approaches` are lists of `name: options`; a list as an approach's option is tried value by value. `base_model`
+    is that of every approach that has the book's, and its tokenizer cuts the documents for all approaches alike; `full` is what
+    is different under the full profile; `validation: true`, see `run`. BookError: an unknown or missing name of anything.
     """
     profile = profiles.current().name
-    sweep = checked(sweep, "entry of a sweep", _SWEEP)
-    different = checked(sweep.pop("full", None), "entry of `full`", _SWEEP[:-1])
-    sweep |= different if profile == "full" else {}
-    for entry in _SWEEP[:3]:
-        if not isinstance(sweep.get(entry), list) or not sweep[entry]:
-            raise BookError(f"A sweep needs {entry!r}, a list with one entry or more. It has {sweep.get(entry)!r}.")
-    base_model = sweep.get("base_model") or base_models.DEFAULT
-    if not isinstance(base_model, str):
-        raise BookError(f"A sweep has one base_model, not {base_model!r}. Write a list at the approaches instead.")
-    found = []
-    for task, seed, approach in itertools.product(sweep["tasks"], sweep["seeds"], sweep["approaches"]):
-        (task, options), (name, settings) = _named(task), _named(approach)
-        if task not in sources:
-            raise unknown_name("task", task, sources)
-        if name not in APPROACHES:
-            raise unknown_name("approach", name, APPROACHES)
+    sweep = {"validation": False, "base_model": base_models.DEFAULT, "full": {}} | checked(sweep, "entry of a sweep", _SWEEP)
+    full = checked(sweep["full"], "entry of `full`", _SWEEP)
+    sweep |= full if profile == "full" else {}
+    for entry, kind in _SWEEP.items():
+        if not isinstance(sweep.get(entry), kind) or sweep[entry] == []:
+            raise BookError(f"A sweep needs {entry!r}, a {kind.__name__} that is not empty. It has {sweep.get(entry)!r}.")
+    base_model, found = sweep["base_model"], []
+    every_run = itertools.product(_named(sweep["tasks"]), sweep["seeds"], _named(sweep["approaches"]))
+    for (task, options), seed, (name, settings) in every_run:
+        checked({task: options}, "task", sources)
+        checked({name: settings}, "approach", APPROACHES)
         defaults = {each.name: each.default for each in fields(APPROACHES[name])}
         options = checked(options, "option of a task", _OPTIONS)
         settings = checked(settings, f"setting of {name}", defaults)
@@ -218,16 +179,20 @@ def keys(sweep: dict, sources: Sources = corpora.TASKS) -> list[dict]:
         settings |= {"seed": seed} if "seed" in defaults else {}
         for one in ParameterGrid({name: value if isinstance(value, list) else [value] for name, value in settings.items()}):
             # all settings, so that a record does not count any more when a default has changed
-            complete = asdict(APPROACHES[name](**one))
-            key = {"approach": name, "settings": complete, "task": task, "options": options, "seed": seed, "profile": profile}
-            key |= {"validation": True} if sweep.get("validation") else {}
+            key = {"approach": name, "settings": asdict(APPROACHES[name](**one)), "task": task, "options": options}
+            key |= {"seed": seed, "profile": profile} | ({"validation": True} if sweep["validation"] else {})
             if key not in found:
                 found.append(key)
     return found
 
 
+def _named(entries: list) -> list[tuple[str, dict | None]]:
+    """Names and options of `- name: {option: value}` or just `- name`."""
+    return [pair for entry in entries for pair in (entry if isinstance(entry, dict) else {entry: None}).items()]
+
+
 def missing(sweep: str | Path, path: str | Path | None = None) -> list[dict]:
-    """The runs of a sweep file that `path` (or the file beside it) does not hold yet; BookError: no sweep, or damaged records."""
+    """The runs of a sweep file that `path` (or the file beside it) does not hold yet."""
     done = [record["key"] for record in records.read(path or Path(sweep).with_suffix(".jsonl"))]
     return [key for key in keys(load_sweep(Path(sweep))) if key not in done]
 
@@ -235,16 +200,12 @@ def missing(sweep: str | Path, path: str | Path | None = None) -> list[dict]:
 def make(
     to_do: list[dict], path: str | Path, save: Callable | None = None, progress: bool = True, sources: Sources = corpora.TASKS
 ) -> list[str]:
-    """Make runs one after the other, each recorded in `path` as soon as it is done; a line for each that failed is returned.
+    """Make runs, each recorded in `path` as soon as it is done; a line for each that failed is returned.
 
-    Args:
-        save: gives for a key the folder for what its run trains, or None.
-        progress: show a bar.
-        sources: see `load_task`.
+    `save` gives for a key the folder for what its run trains, or None.
     """
     failed = []
-    bar = tqdm(to_do, unit="run", disable=not progress)
-    for key in bar:
+    for key in (bar := tqdm(to_do, unit="run", disable=not progress)):
         bar.set_postfix_str(records.title(key))
         if key in [record["key"] for record in records.read(path)]:
             continue  # another process made it
@@ -280,33 +241,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def load_sweep(sweep: Path) -> dict:
-    """What a sweep file holds; BookError if it cannot be read, or is no YAML with entries."""
+    """What a YAML file holds; BookError if it cannot be read."""
     try:
-        found = yaml.safe_load(sweep.read_text(encoding="utf-8"))
+        return yaml.safe_load(sweep.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BookError(f"{sweep} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise BookError(f"{sweep} is no sweep: it needs the entries {', '.join(_SWEEP[:3])}.")
-    return found
 
 
 def checked(given: dict | None, kind: str, known: Iterable[str]) -> dict:
-    """A copy of `given`, an empty one of None; BookError if it is no dictionary, or has a name that is not in `known`."""
-    if not isinstance(given or {}, dict):
+    """A copy of `given`, empty if None; BookError if it is no dictionary, or has a name that is not in `known`."""
+    given = {} if given is None else given
+    if not isinstance(given, dict):
         raise BookError(f"Each {kind} is written as `name: value`, not {given!r}.")
-    for name in given or {}:
-        if name not in known:
-            raise unknown_name(kind, name, known)
-    return dict(given or {})
-
-
-def _named(entry: dict | str) -> tuple[str, dict | None]:
-    """`- name: options` or just `- name`."""
-    if isinstance(entry, str):
-        return entry, None
-    if not isinstance(entry, dict) or len(entry) != 1:
-        raise BookError(f"A task or an approach is written as `- name: {{option: value}}`, not {entry!r}.")
-    return next(iter(entry.items()))
+    for name in given.keys() - set(known):
+        raise unknown_name(kind, name, known)
+    return dict(given)
 
 
 if __name__ == "__main__":
