@@ -1,16 +1,4 @@
-"""Which approach for your data? A table of labelled text in, a verdict out (chapter 11).
-
-examples:
-  look at the file first, without training:
-    python -m helpers.compare tickets.csv --text message --label team --check
-  compare, on three splits, and keep the tickets of a customer together:
-    python -m helpers.compare tickets.csv --text message --label team --group customer --seeds 3
-  several labels a document, in one column (a;b) or one column of zeros and ones for each:
-    python -m helpers.compare papers.jsonl --text abstract --label topics
-    python -m helpers.compare papers.parquet --text abstract --label physics biology history
-  another base model, more documents, longer texts (a GPU is used if there is one):
-    python -m helpers.compare tickets.csv --text message --label team --base-model Qwen/Qwen3-0.6B --n-train 2000 --tokens 256
-"""
+"""Which approach for your data? A table of labelled text in, a verdict out (chapter 11; `compare_examples.txt`)."""
 
 import argparse
 import hashlib
@@ -21,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import jinja2
 import pandas as pd
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from helpers import base_models, corpora, evaluation, profiles, records
 from helpers.errors import BookError
@@ -49,22 +37,14 @@ def sources_of(data: Labelled) -> dict[str, corpora.Source]:
 
 
 def plan(
-    data: Labelled,
-    *,
-    of: str = "topic",
-    base_model: str = base_models.DEFAULT,
-    seeds: int = 1,
-    epochs: int | None = None,
-    **sizes: int | None,
+    data: Labelled, of: str = "topic", base_model: str = base_models.DEFAULT, seeds: int = 1, epochs: int | None = None, **sizes
 ) -> tuple[Labelled, list[dict]]:
-    """What is to be run, as `sweeps.run` takes it, and the documents it is run on.
+    """The documents, cut to `sizes`, and the runs as `sweeps.run` takes them, so many `seeds` of each.
 
     Args:
         of: what the labels are, for the words behind each document: "The topic of this text is".
-        seeds: so many splits and trainings.
         epochs: of both approaches; None for their own.
-        sizes: `n_train`, `n_validation`, `n_test`, documents at most, and `tokens` of each that are read; by the profile
-            (`SIZES`) where None. Of a small file a third is kept for test and a sixth for validation.
+        sizes: those of `SIZES`, by the profile where None. Of a small file a third is kept for test and a sixth for validation.
 
     Raises:
         BookError: sizes that do not fit, labels too rare to be tested, or anything that `Task` refuses.
@@ -90,48 +70,31 @@ def plan(
     trained = words | {"n_layers": deep} | several | ({"epochs": epochs} if epochs else {})
     faster = {} if data.multi_label else {"learning_rate": 2e-3}  # chapter 08: what suits instruction tuning, not the head
     sources = sources_of(data)
-    sweep = {
-        "tasks": [{name: options} for name in sources],
-        "seeds": list(range(seeds)),
-        "validation": True,
-        "base_model": base_model,
-        "approaches": [
-            "Majority",
-            "TfidfSvm",
-            {"FrozenProbe": words},
-            {"FineTunedEncoder": {"epochs": 15} if data.multi_label else None},
-            {"EmbeddingHead": trained},
-            {"InstructionTuned": trained | faster},
-        ],
-    }
-    keys = sweeps.keys(sweep, sources)
+    approaches = {"Majority": None, "TfidfSvm": None, "FrozenProbe": words}
+    approaches |= {"FineTunedEncoder": {"epochs": 15} if data.multi_label else None}
+    approaches |= {"EmbeddingHead": trained, "InstructionTuned": trained | faster}
+    sweep = {"tasks": [{name: options} for name in sources], "seeds": list(range(seeds)), "approaches": [approaches]}
+    keys = sweeps.keys(sweep | {"validation": True, "base_model": base_model}, sources)
     for seed in range(seeds):
         sweeps.load_task(keys[0] | {"seed": seed}, sources)  # what is wrong with a split is raised before anything is trained
     return data, keys
 
 
 def run(data: Labelled, keys: list[dict], out: str | Path, progress: bool = True) -> list[dict]:
-    """Make the runs that `out` does not hold yet; the adapters of the first seed are saved there, each with a model card.
+    """Make the runs of `plan` that the folder `out` does not hold yet, and return the records of all that could be made.
 
-    Args:
-        data, keys: of `plan`.
-        progress: show a bar.
-
-    Returns:
-        The records, one for each key that could be run; why another one failed is printed.
-
-    Raises:
-        BookError: `out` holds something else, or nothing could be run.
+    The adapters of the first seed are saved there, each with a model card; why a run failed is printed. BookError: `out` holds
+    something else, or nothing could be run.
     """
     out = Path(out).expanduser()
     path, note = out / "records.jsonl", out / "compared.json"
     described = {"task": keys[0]["task"], "options": keys[0]["options"]}
     described |= {"settings": [key["settings"] for key in keys if not key["seed"]]}
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not note.exists())):
-        raise BookError(f"{out} exists and holds something else. Give a new folder; nothing was overwritten.")
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != described:
+    held = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    if held != described and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BookError(
-            f"{out} holds a comparison of other documents or with other settings. Give a new folder; nothing was overwritten."
+            f"{out} holds something else, or a comparison of other documents or with other settings. "
+            "Give a new folder; nothing was overwritten."
         )
     out.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -143,8 +106,7 @@ def run(data: Labelled, keys: list[dict], out: str | Path, progress: bool = True
         shutil.rmtree(out / folder, ignore_errors=True)  # of a run that was stopped before it was recorded
         return out / folder
 
-    done = [record["key"] for record in records.read(path)]
-    sweeps.make([key for key in keys if key not in done], path, save, progress, sources_of(data))
+    sweeps.make(keys, path, save, progress, sources_of(data))
     made = [record for record in records.read(path) if record["key"] in keys]
     if not made:
         raise BookError(f"{data.name}: nothing could be run. The lines above say why.")
@@ -155,11 +117,7 @@ def run(data: Labelled, keys: list[dict], out: str | Path, progress: bool = True
 
 
 def results(made: Iterable[dict], validation: bool = False) -> dict[str, Predictions]:
-    """Every approach's predictions on all test sets, multi-label with the threshold that is best on validation.
-
-    Args:
-        validation: those on the validation documents instead.
-    """
+    """Every approach's predictions on all test sets, or validation sets; multi-label with the best threshold on validation."""
     found: dict[str, list[Predictions]] = {}
     for record in made:
         validated = records.validation_of(record)
@@ -171,15 +129,12 @@ def results(made: Iterable[dict], validation: bool = False) -> dict[str, Predict
 
 
 def verdict(made: list[dict]) -> tuple[str, str]:
-    """Which approach to take, and why, with the intervals behind it.
+    """The name of the approach to take, and why in Markdown, with the intervals behind it.
 
-    The best of the baselines and the better of the two approaches are chosen on validation documents; what is said of them comes
-    from the test documents. One of two is called better where the interval of the difference in macro-F1 leaves zero out; both
-    intervals together hold with 95 %. Of two that cannot be told apart the cheaper one is recommended: the baseline; of the two
-    approaches one that is `FASTER`, else the one that is ahead on validation.
-
-    Returns:
-        The recommended approach's name, and Markdown.
+    The best baseline and the better of the two approaches are chosen on validation documents and judged on test documents. One of
+    two is called better where the interval of the difference in macro-F1 leaves zero out; both intervals together hold with 95 %.
+    Of two that cannot be told apart the cheaper one is recommended: the baseline; of the two approaches one that is `FASTER`, or
+    else ahead on validation.
     """
     tested = results(made)
     validated = {name: evaluation.evaluate(each)["macro_f1"] for name, each in results(made, validation=True).items()}
@@ -192,9 +147,8 @@ def verdict(made: list[dict]) -> tuple[str, str]:
     if len(trained) > 1:
         sign, line = _difference(tested[HEAD], tested[INSTRUCTION], confidence)
         lines.append(line)
-        other = trained[1]
-        cheaper = tested[other].documents_per_second > FASTER * tested[chosen].documents_per_second
-        chosen = {1: HEAD, -1: INSTRUCTION, 0: other if cheaper else chosen}[sign]
+        ahead, other = (tested[name].documents_per_second for name in trained)
+        chosen = {1: HEAD, -1: INSTRUCTION, 0: trained[other > FASTER * ahead]}[sign]
     sign, line = _difference(tested[chosen], tested[baseline], confidence)
     lines.append(line)
     advice = {
@@ -218,21 +172,11 @@ def _difference(a: Predictions, b: Predictions, confidence: float) -> tuple[int,
 
 def model_card(data: Labelled, record: dict) -> str:
     """What a trained adapter is, for the README.md beside it, with the metadata that the hub reads."""
-    key, metrics, base = record["key"], record["metrics"], record["key"]["settings"]["base_model"]
-    metadata = ModelCardData(
-        base_model=f"HuggingFaceTB/{base}" if base == base_models.DEFAULT else base,
-        library_name="peft",
-        pipeline_tag="text-classification",
-        tags=["lora"],
-        model_name=f"{data.name}, {record['name']}",
-        eval_results=[
-            EvalResult("text-classification", data.name, data.name, metric, metrics[name])
-            for metric, name in (("accuracy", "accuracy"), ("f1", "macro_f1"))
-        ],
-    )
-    words = {"data": data, "record": record, "settings": key["settings"], "options": key["options"]}
-    words |= {"folder": TRAINED[record["name"]], "percent": lambda name: f"{100 * metrics[name]:.1f}"}
-    return str(ModelCard.from_template(metadata, template_path=str(Path(__file__).with_name("model_card.md")), **words))
+    base, metrics = record["key"]["settings"]["base_model"], record["metrics"]
+    base = f"HuggingFaceTB/{base}" if base == base_models.DEFAULT else base
+    words = {"data": data, "record": record, "base": base, "folder": TRAINED[record["name"]], **record["key"]}
+    template = jinja2.Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
+    return template.render(**words, percent=lambda name: f"{100 * metrics[name]:.1f}")
 
 
 def report(data: Labelled, looked_at: pd.DataFrame, made: list[dict], scores: pd.DataFrame, advice: str) -> str:
@@ -250,13 +194,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     Stop it whenever you like: it goes on where it was.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m helpers.compare",
-        description=main.__doc__,
-        epilog=__doc__.partition("\n\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    most = {name: f"(default: {size} on a CPU, {SIZES['full'][name]} on a GPU)" for name, size in SIZES["quick"].items()}
+    examples = Path(__file__).with_name("compare_examples.txt").read_text(encoding="utf-8")
+    options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m helpers.compare", description=main.__doc__, **options)
     add = parser.add_argument
     add("file", type=Path, help="a .csv, .tsv, .jsonl or .parquet file with a row for each document")
     add("--text", required=True, nargs="+", help="the column with the texts, or several to be joined")
@@ -268,19 +208,18 @@ def main(arguments: list[str] | None = None) -> None:
     add("--of", help="what the labels are, such as topic (default: the name of the label column)")
     add("--base-model", default=base_models.DEFAULT, help="a causal LM: hub id or folder (default: %(default)s)")
     add("--seeds", type=int, default=1, help="so many splits and trainings (default: 1)")
-    add("--tokens", type=int, help=f"of each document that are read {most['tokens']}")
-    for name in ("n_train", "n_validation", "n_test"):
-        add(f"--{name.replace('_', '-')}", type=int, help=f"documents at most {most[name]}")
     add("--epochs", type=int, help="of both approaches (default: the book's)")
+    for name, size in SIZES["quick"].items():
+        what = "of each document that are read" if name == "tokens" else "documents at most"
+        default = f"(default: {size} on a CPU, {SIZES['full'][name]} on a GPU)"
+        add(f"--{name.replace('_', '-')}", type=int, help=f"{what} {default}")
     given = parser.parse_args(arguments)
-    file = given.file.expanduser()
-    out = (given.out or file.parent / f"{file.stem}-compared").expanduser()
-    label = given.label if len(given.label) > 1 else given.label[0]
+    out = (given.out or given.file.with_name(f"{given.file.stem}-compared")).expanduser()
     try:
         profiles.start()
-        data = own_data.read(file, given.text, label, group=given.group, multi_label=given.multi_label)
+        data = own_data.read(given.file, given.text, given.label, group=given.group, multi_label=given.multi_label)
         print(data.in_words)
-        options = ("base_model", "seeds", "tokens", "n_train", "n_validation", "n_test", "epochs")
+        options = ("base_model", "seeds", "epochs", *SIZES["quick"])
         of = given.of or (given.label[0] if len(given.label) == 1 else "topic")
         data, keys = plan(data, of=of, **{name: getattr(given, name) for name in options})
         print(*(f"warning: {line}" for line in data.warnings), sep="\n")
