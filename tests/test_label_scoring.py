@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from helpers import base_models, label_scoring
 from helpers.errors import BookError
@@ -191,3 +191,46 @@ def test_an_empty_prompt_is_refused(flat, tokenizer):
 
 def test_no_prompts(flat, tokenizer):
     assert score_labels([], LABELS["one token"], flat, tokenizer).shape == (0, 3)
+
+
+def sentencepiece_like():
+    """A tokenizer that puts a word mark before every text, as Llama 2's and Mistral's do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "▁", "▁some", "▁words", "▁is", "▁tech", "▁arts", "tech", "arts", *"abcdefghijklmnopqrstuvwxyz:"]
+    backend = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("family", ["byte-level BPE", "word marks", "WordPiece"])
+@pytest.mark.parametrize("prompt, space", [("some words", " "), ("some words is", " "), ("some words is:", "")])
+def test_a_labels_tokens_are_those_that_training_saw(family, prompt, space, tokenizer):
+    if family != "byte-level BPE":
+        encoder = base_models.load_tokenizer(base_models.ENCODER)
+        encoder.backend_tokenizer.post_processor = None  # an encoder closes its texts
+        tokenizer = sentencepiece_like() if family == "word marks" else encoder
+    labels = ("tech", "arts")
+    before = tokenizer(prompt).input_ids
+    expected = [tokenizer(prompt + space + label).input_ids[len(before) :] for label in labels]
+    assert label_tokens(labels, tokenizer, space, prompt) == expected and all(expected)
+
+
+def test_a_label_that_melts_into_the_prompt_is_refused(tokenizer):
+    with pytest.raises(BookError, match="joins the end of the prompt .* with the label 'ports'") as caught:
+        label_tokens(("ports", "tech"), tokenizer, "", "a prompt about s")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_sliding_window_counts_no_padding(tokenizer, batch_size):
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    config = MistralConfig(**size, vocab_size=len(tokenizer), sliding_window=24, initializer_range=0.2)
+    model = MistralForCausalLM(config).eval()
+    prompts = [QUESTION + prompt for prompt in PROMPTS]
+    assert max(len(tokenizer(prompt).input_ids) for prompt in prompts) > 24
+    labels = LABELS["shared beginnings"]
+    scores = score_labels(prompts, labels, model, tokenizer, batch_size, tolerance=0)
+    assert torch.allclose(scores.double(), reference(prompts, labels, model, tokenizer), atol=1e-3, rtol=1e-4)
