@@ -7,6 +7,7 @@ import io
 import json
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,20 +18,13 @@ from helpers.errors import BookError, unknown_name
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # what is left of an emoji that was cut in the middle
-_ENCODINGS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig"}
 
 
 def read(path: Path, columns: list[str]) -> pd.DataFrame:
     """The named columns of a file, of shape (n_rows, len(columns)), nothing guessed: in CSV and TSV every cell is text.
 
-    Fields are parted as the header is, by a comma, semicolon, tab or bar; UTF-8 and UTF-16, line ends of any system.
-
-    Returns:
-        Cells as the file has them; the index says where a row stands and is called `line` or, in Parquet, `row`.
-
-    Raises:
-        BookError: no such file, no rows, another ending or encoding, a column that is missing, named or there twice, a row that
-            cannot be read or has more or fewer fields than the header; in one line with the line's number.
+    Fields are parted as the header is, by a comma, semicolon, tab or bar; UTF-8 and UTF-16, line ends of any system. The index
+    says where a row stands and is called `line` or, in Parquet, `row`. BookError: anything that cannot be read, with its line.
     """
     suffix = path.suffix.lower()
     if not path.is_file():
@@ -38,11 +32,8 @@ def read(path: Path, columns: list[str]) -> pd.DataFrame:
         raise BookError(f"There is no file {path}." + (f" There is {near[0]}." if near else ""))
     if suffix not in SUFFIXES:
         raise BookError(f"{path.name}: only {', '.join(SUFFIXES)} can be read. Save the table as one of them.")
-    twice = [name for name in columns if columns.count(name) > 1]
-    if twice:
-        raise BookError(f"The column {twice[0]!r} is named twice: texts, labels and groups stand in different ones.")
     readers = {".parquet": _from_parquet, ".csv": _from_delimited, ".tsv": _from_delimited}
-    table = readers.get(suffix, _from_json_lines)(path, columns)
+    table = readers.get(suffix, _from_json_lines)(path, columns) if path.stat().st_size else pd.DataFrame()
     if table.empty:
         raise BookError(f"{path.name} has no rows. Give a file with a row for each document.")
     return table
@@ -65,26 +56,27 @@ def as_text(cell: object) -> str:
 
 def as_list(cell: object) -> tuple[str, ...] | None:
     """The names in a list, or in what pandas, numpy or JSON writes of one as text, sorted; None for anything else."""
-    names = cell
     if not isinstance(cell, list):
         text = as_text(cell)
         if not re.fullmatch(r"[\[({].*[\])}]", text):
             return None
         try:
-            names = ast.literal_eval(re.sub(r"""(['"])\s+(?=['"])""", r"\1, ", text))  # numpy writes no commas
+            cell = ast.literal_eval(re.sub(r"""(['"])\s+(?=['"])""", r"\1, ", text))  # numpy writes no commas
         except (ValueError, SyntaxError, MemoryError, RecursionError):  # names without quotes
-            names = [name.strip(" '\"") for name in text[1:-1].split(",")]
-    if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, (str, int, float, type(None))) for name in names):
+            cell = [name.strip(" '\"") for name in text[1:-1].split(",")]
+    if not isinstance(cell, (list, tuple, set)) or not all(isinstance(name, (str, int, float, type(None))) for name in cell):
         return None
-    return tuple(sorted({as_text(name) for name in names} - {""}))
+    return tuple(sorted({as_text(name) for name in cell} - {""}))
 
 
 def _need(path: Path, columns: list[str], there: list[str]) -> None:
     for name in columns:
         if name not in there:
             raise BookError(f"{path.name}: {unknown_name('column', name, there)}")
-        if there.count(name) > 1:
-            raise BookError(f"{path.name} has two columns {name!r}. Rename one.")
+        if max(there.count(name), columns.count(name)) > 1:
+            raise BookError(
+                f"{path.name}: {name!r} is named twice, by its header or by you. Texts, labels and groups are different columns."
+            )
 
 
 def _from_parquet(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -93,69 +85,57 @@ def _from_parquet(path: Path, columns: list[str]) -> pd.DataFrame:
         _need(path, columns, file.schema_arrow.names)
         rows = file.read(columns).to_pylist()  # pandas would make floats of whole numbers where one is missing
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise BookError(f"{path.name} cannot be read as Parquet ({reason}). Write it again.") from error
+        raise BookError(f"{path.name} cannot be read as Parquet ({str(error).splitlines()[0]}). Write it again.") from error
     return pd.DataFrame(rows, columns=columns, dtype=object).rename_axis("row")
 
 
 def _from_json_lines(path: Path, columns: list[str]) -> pd.DataFrame:
     rows = {}
     for number, line in enumerate(_content(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                rows[number] = json.loads(line)
-                if not isinstance(rows[number], dict):
-                    raise ValueError
-            except (ValueError, RecursionError) as error:
-                what = f"is no JSON object: {excerpt(line.strip())}"
-                raise BookError(f"{path.name}, line {number} {what}. Write one object a line.") from error
-    _need(path, columns, list(dict.fromkeys(name for row in rows.values() for name in row)))
+        try:
+            rows |= {number: dict(json.loads(line).items())} if line.strip() else {}
+        except (ValueError, AttributeError, RecursionError) as error:
+            what = f"is no JSON object: {excerpt(line.strip())}"
+            raise BookError(f"{path.name}, line {number} {what}. Write one object a line.") from error
+    _need(path, columns, list({name: None for row in rows.values() for name in row}))
     cells = [[row.get(name) for name in columns] for row in rows.values()]
     return pd.DataFrame(cells, pd.Index(rows, name="line"), columns, dtype=object)
 
 
 def _from_delimited(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Read by the csv module: pandas shifts or fills rows whose number of fields is not the header's, and names no line."""
-    csv.field_size_limit(10**9)
-    content = _content(path)
-    usual = "\t" if path.suffix.lower() == ".tsv" else ","
-    headers = {}
-    for delimiter in dict.fromkeys((usual, ";", "\t", "|", ",")):
-        cells = next(filter(None, csv.reader(io.StringIO(content), delimiter=delimiter)), [])
-        headers[delimiter] = [" ".join(cell.split()) for cell in cells]
+    content, usual = _content(path), "\t" if path.suffix.lower() == ".tsv" else ","
+    headers = {each: next(_rows(path, content, each), (1, []))[1] for each in (usual, ";", "\t", "|", ",")}
+    headers = {each: [" ".join(cell.split()) for cell in header] for each, header in headers.items()}
     delimiter = max(headers, key=lambda each: len(set(columns) & set(headers[each])))  # of equals the usual one
-    header = headers[delimiter]
-    _need(path, columns, header)
-    reader = csv.reader(io.StringIO(content), delimiter=delimiter, strict=True)
-    rows, line = {}, 1
+    _need(path, columns, header := headers[delimiter])
+    rows = dict(_rows(path, content, delimiter, strict=True))
+    for line, cells in rows.items():
+        if len(cells) != len(header):
+            found = f"{len(cells)} fields between {delimiter!r} where the header has {len(header)}"
+            raise BookError(f"{path.name}, line {line}: {found}. Quote texts that hold one; end no row with one.")
+    return pd.DataFrame(list(rows.values()), pd.Index(rows, name="line"), header, dtype=object).iloc[1:][columns]
+
+
+def _rows(path: Path, content: str, delimiter: str, **options) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not empty, each with its first line. (pandas fills short rows, shifts long ones, and names no line.)"""
+    csv.field_size_limit(10**9)
+    reader, line = csv.reader(io.StringIO(content), delimiter=delimiter, **options), 1
     try:
         for cells in reader:
-            if cells and len(cells) != len(header):
-                found = f"{len(cells)} fields between {delimiter!r} where the header has {len(header)}"
-                raise BookError(f"{path.name}, line {line}: {found}. Quote texts that hold one; end no row with one.")
             if cells:
-                rows[line] = cells
+                yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
         what = f"the row that begins in line {line} is not readable as CSV ({error})"
         raise BookError(f"{path.name}: {what}. Check its quotes.") from error
-    table = pd.DataFrame(list(rows.values()), pd.Index(rows, name="line"), header, dtype=object)
-    return table.iloc[1:][columns]
 
 
 def _content(path: Path) -> str:
     """The text of a file, with the line ends of Windows and of old Macs made `\\n`."""
     raw = path.read_bytes()
-    if not raw:
-        raise BookError(f"{path.name} is empty. Give a file with a row for each document.")
-    encoding = next((name for mark, name in _ENCODINGS.items() if raw.startswith(mark)), "utf-8")
     try:
-        content = raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        content = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        line = len(re.findall(rb"\r\n?|\n", error.object[: error.start])) + 1
-        byte = f"byte {error.object[error.start]:#04x}"
+        line, byte = len((error.object[: error.start] + b".").splitlines()), f"byte {error.object[error.start]:#04x}"
         raise BookError(f"{path.name}, line {line}: {byte} is no UTF-8. If it is a text file, save it as UTF-8.") from error
-    if "\0" in content:
-        line = content[: content.index("\0")].count("\n") + 1
-        raise BookError(f"{path.name}, line {line} holds a zero byte: that is no text file. Give another one.")
-    return content
+    return content.replace("\r\n", "\n").replace("\r", "\n")
