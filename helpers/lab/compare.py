@@ -45,9 +45,6 @@ def plan(
         of: what the labels are, for the words behind each document: "The topic of this text is".
         epochs: of both approaches; None for their own.
         sizes: those of `SIZES`, by the profile where None. Of a small file a third is kept for test and a sixth for validation.
-
-    Raises:
-        BookError: sizes that do not fit, labels too rare to be tested, or anything that `Task` refuses.
     """
     profile = profiles.current().name
     for name, number in {**sweeps.checked(sizes, "size", SIZES[profile]), "seeds": seeds}.items():
@@ -66,8 +63,8 @@ def plan(
     words = {"suffix": f"\n\nThe {of} of this text is"}
     blocks = base_models.shape_of(base_model).get_text_config().num_hidden_layers
     deep = min(APPROACHES["EmbeddingHead"].n_layers, blocks) if profile == "quick" else None
-    several = {"learning_rate": 1e-3, "epochs": 8} if data.multi_label else {}
-    trained = words | {"n_layers": deep} | several | ({"epochs": epochs} if epochs else {})
+    trained = words | {"n_layers": deep} | ({"learning_rate": 1e-3, "epochs": 8} if data.multi_label else {})
+    trained |= {"epochs": epochs} if epochs else {}
     faster = {} if data.multi_label else {"learning_rate": 2e-3}  # chapter 08: what suits instruction tuning, not the head
     sources = sources_of(data)
     approaches = {"Majority": None, "TfidfSvm": None, "FrozenProbe": words}
@@ -211,17 +208,16 @@ def main(arguments: list[str] | None = None) -> None:
     add("--epochs", type=int, help="of both approaches (default: the book's)")
     for name, size in SIZES["quick"].items():
         what = "of each document that are read" if name == "tokens" else "documents at most"
-        default = f"(default: {size} on a CPU, {SIZES['full'][name]} on a GPU)"
-        add(f"--{name.replace('_', '-')}", type=int, help=f"{what} {default}")
+        what += f" (default: {size} on a CPU, {SIZES['full'][name]} on a GPU)"
+        add(f"--{name.replace('_', '-')}", type=int, help=what)
     given = parser.parse_args(arguments)
     out = (given.out or given.file.with_name(f"{given.file.stem}-compared")).expanduser()
     try:
         profiles.start()
         data = own_data.read(given.file, given.text, given.label, group=given.group, multi_label=given.multi_label)
         print(data.in_words)
-        options = ("base_model", "seeds", "epochs", *SIZES["quick"])
         of = given.of or (given.label[0] if len(given.label) == 1 else "topic")
-        data, keys = plan(data, of=of, **{name: getattr(given, name) for name in options})
+        data, keys = plan(data, of, **{name: getattr(given, name) for name in ("base_model", "seeds", "epochs", *SIZES["quick"])})
         print(*(f"warning: {line}" for line in data.warnings), sep="\n")
         looked_at = own_data.report(data, base_models.load_tokenizer(given.base_model), keys[0]["options"]["tokens"])
         print(looked_at.to_string(header=False))
