@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from helpers import base_models, profiles
 from helpers.errors import BookError
 from helpers.instruction import LabelTokensTrainer, float32_adapters
-from helpers.lab.memory import N_LABELS, Recipe, adapted, allocated, check_fits, count_step, held, materialize
+from helpers.lab.memory import N_LABELS, Recipe, adapted, allocated, check_fits, count_step, held
 from helpers.lab.sweeps import append, checked, give_back_memory, load_sweep, provenance
 from helpers.records import read
 
@@ -33,13 +33,14 @@ LABEL_TOKENS = 3  # of the documents below
 _ENTRIES = ("shapes", "lengths", "approaches", "precision", "batch_size", "rank", "steps", "seed", "recipes")
 # Fields that `Recipe` had when records were made, and what they were: part of a record's key, so that it is known again.
 _FORMER = {"compile": False, "liger": False}
+_TRAINING = {"num_train_epochs": 1, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "seed": 0}
+_TRAINING |= {"report_to": "none", "disable_tqdm": True}
 
 
 def random_model(shape: str, approach: str, precision: str, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, which costs the same bytes and seconds as a trained one, and needs no download.
 
-    `shape` is what `base_models.shape_of` takes. With `nf4` the linear layers of the blocks are quantized (twice), each as soon
-    as it is made: the whole model is never there in 16 bits.
+    With `nf4` each linear layer is quantized (twice) as soon as it is made: the whole model is never there in 16 bits.
     """
     device, dtype = profiles.current().device, torch.float32 if precision == "float32" else torch.bfloat16
     config = base_models.shape_of(shape)
@@ -52,16 +53,17 @@ def random_model(shape: str, approach: str, precision: str, seed: int = 0) -> Pr
         if precision == "nf4" and isinstance(layer, torch.nn.Linear):
             sizes = layer.in_features, layer.out_features, layer.bias is not None
             model.base_model.set_submodule(name, Linear4bit(*sizes, dtype, quant_type="nf4", device="meta"))
-
-    def draw(name: str, like: torch.Tensor) -> torch.Tensor:
-        new = torch.empty(like.shape, dtype=dtype, device=device)
-        new = new.normal_(std=config.initializer_range) if new.ndim > 1 else new.fill_(name == "weight")  # norms, biases
-        if not isinstance(like, Params4bit):
-            return new
-        return Params4bit(new, requires_grad=False, quant_type="nf4", module=like.module).to(device)
-
     set_seed(seed)
-    materialize(model, draw)
+    for name, empty in list(model.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        new = torch.empty(empty.shape, dtype=dtype, device=device)
+        new = new.normal_(std=config.initializer_range) if new.ndim > 1 else new.fill_(attribute == "weight")  # norms, biases
+        if isinstance(empty, Params4bit):
+            new = Params4bit(new, requires_grad=False, quant_type="nf4", module=empty.module).to(device)
+        else:
+            new = torch.nn.Parameter(new)
+        setattr(model.get_submodule(module), attribute, new)
+    model.tie_weights()
     return model.to(device)
 
 
@@ -75,10 +77,8 @@ def documents(n: int, longest: int, vocabulary: int, seed: int = 0) -> Dataset:
 
 
 class _Clock(TrainerCallback):
-    """Moments at which steps begin and end, one after the other."""
-
     def __init__(self) -> None:
-        self.moments = []
+        self.moments = []  # at which steps begin and end
 
     def on_step_begin(self, *arguments, **options) -> None:
         if profiles.current().device == "cuda":
@@ -94,8 +94,7 @@ def train(
     """Train on one pass over `texts` with the stock trainers, set as `recipe` says; the losses and the seconds of its steps."""
     clock, tokenizer = _Clock(), base_models.load_tokenizer()  # only its padding is used
     with tempfile.TemporaryDirectory() as folder:
-        always = dict(num_train_epochs=1, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", seed=0)
-        options = dict(
+        options = _TRAINING | dict(
             output_dir=folder,
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
@@ -105,14 +104,13 @@ def train(
             activation_checkpointing=recipe.checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": recipe.reentrant},
             use_cpu=profiles.current().device == "cpu",
-            report_to="none",
-            disable_tqdm=True,
-            **always,
         )
         if approach == "head":
             texts, collator = texts.rename_column("label", "labels"), transformers.DataCollatorWithPadding(tokenizer)
         else:
-            texts, collator = texts.map(_add_labels, remove_columns="label"), transformers.DataCollatorForSeq2Seq(tokenizer)
+            labels = [[-100] * (len(ids) - LABEL_TOKENS) + ids[-LABEL_TOKENS:] for ids in texts["input_ids"]]
+            texts = texts.remove_columns("label").add_column("labels", labels)
+            collator = transformers.DataCollatorForSeq2Seq(tokenizer)
         if approach == "head" or recipe.loss == "all":
             trainer = Trainer(model, TrainingArguments(**options), data_collator=collator, train_dataset=texts)
         else:
@@ -128,19 +126,11 @@ def train(
     return losses, np.diff(clock.moments)[::2].tolist()
 
 
-def _add_labels(row: dict) -> dict:
-    ids = row["input_ids"]
-    return {"labels": [-100] * (len(ids) - LABEL_TOKENS) + ids[-LABEL_TOKENS:]}
-
-
 def run(key: dict) -> dict:
-    """Measure a recipe, `key` being one of `keys`, and return its record.
+    """Measure a recipe, `key` being one of `keys`, and return its record; BookError if the batch cannot fit into a GPU's memory.
 
-    The peak is that of two steps on documents that are all as long as the longest; losses and seconds are those of `steps`
-    steps on documents of mixed lengths, the first two steps left out of the rate.
-
-    Raises:
-        BookError: the batch cannot fit into the memory of the GPU.
+    The peak is that of two steps on documents as long as the longest; losses and seconds are those of `steps` steps on documents
+    of mixed lengths, the first two steps left out of the rate.
     """
     give_back_memory()
     shape, approach, precision, batch_size = (key[name] for name in ("shape", "approach", "precision", "batch_size"))
@@ -171,14 +161,10 @@ def run(key: dict) -> dict:
 
 
 def keys(sweep: dict) -> list[dict]:
-    """Every run of a benchmark file: all shapes, lengths and approaches, recipe by recipe.
+    """Every run of a benchmark file (all of `_ENTRIES`): all shapes, lengths and approaches, recipe by recipe.
 
-    Args:
-        sweep: all of `_ENTRIES`; `recipes` is a list of `name: {field of Recipe: value}`, each on top of the one before; and
-            `full`, what is different under the full profile.
-
-    Raises:
-        BookError: an unknown or a missing entry, or an unknown field of a recipe.
+    `recipes` is a list of `name: {field of Recipe: value}`, each on top of the one before; `full` is what is different under the
+    full profile. BookError: an unknown or a missing entry, or an unknown field of a recipe.
     """
     profile = profiles.current().name
     sweep = checked(sweep, "entry of a benchmark", (*_ENTRIES, "full"))
@@ -195,7 +181,7 @@ def keys(sweep: dict) -> list[dict]:
         for name, changed in itertools.chain(*(entry.items() for entry in sweep["recipes"])):
             recipe = recipe | checked(changed, "field of a recipe", recipe)
             made = asdict(Recipe(**recipe)) | ({"loss": Recipe().loss} if approach == "head" else {}) | _FORMER
-            if made not in seen:  # the loss is a matter of instruction tuning
+            if made not in seen:  # as a head's, where just the loss differs
                 seen.append(made)
                 found.append({"shape": shape, "length": length, "approach": approach, "name": name, "recipe": made} | same)
     return found

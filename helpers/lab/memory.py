@@ -1,10 +1,13 @@
 """Bytes of a training step: counted before anything is loaded, and what the allocator says (chapter 09)."""
 
+import bisect
 import contextlib
 import copy
+import functools
+import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from helpers import base_models, profiles
 from helpers.embedding_head import float32_head
@@ -24,18 +27,15 @@ from helpers.errors import BookError, unknown_name
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler announces itself on standard error otherwise
 
 TASK_TYPES = {"head": "SEQ_CLS", "instruction": "CAUSAL_LM"}
-PRECISIONS = ("nf4", "bfloat16", "float32")
 N_LABELS = 5  # of a head that is counted
+BLOCKS = 2  # a step is made with so many blocks and with one more; each further one costs what that one does
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # half a byte a weight, an 8-bit scale for 64, a 32-bit one for 256 scales
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2}  # a trained weight
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides about the bytes and seconds of a training, and hardly about what is learned.
-
-    An unknown sampling, loss or optimizer raises a BookError that suggests the nearest.
-    """
+    """What decides about the bytes and seconds of a training, and hardly about what is learned."""
 
     kbit_preparation: bool = False  # `prepare_model_for_kbit_training`: all that is not quantized becomes float32
     checkpointing: bool = True  # keep one hidden state a block, and compute the rest once more in the backward pass
@@ -53,15 +53,14 @@ class Recipe:
                 raise unknown_name(f"value of `{name}`", getattr(self, name), values)
 
 
-# The recipe that tutorials copy; and how `EmbeddingHead` and `InstructionTuned` train: fewer blocks instead of checkpointing.
-STOCK = Recipe(kbit_preparation=True, reentrant=True, sampling="random", loss="trl")
+# How `EmbeddingHead` and `InstructionTuned` train: fewer blocks instead of checkpointing.
 UPPER = Recipe(checkpointing=False, n_layers=10)
 
 
 class BytesAlive(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, until they are freed: `now`, and at most `peak`.
+    """Counts the bytes that operations make, until they are freed: `now`, and at most `peak`; what `model` holds does not count.
 
-    Takes real and fake tensors (`FakeTensorMode`: a shape and no memory). What `model` holds is not counted.
+    Fake tensors (`FakeTensorMode`: a shape and no memory) count like real ones.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -98,9 +97,9 @@ def allocated() -> Iterator[SimpleNamespace]:
         return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield cost
-    events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    in_order = sorted(events, key=lambda event: event.start_ns())
-    cost.peak = int(np.cumsum([0, *(event.nbytes() for event in in_order)]).max())
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    cost.peak = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 def held(model: torch.nn.Module) -> tuple[int, int]:
@@ -110,43 +109,28 @@ def held(model: torch.nn.Module) -> tuple[int, int]:
     return sum(each.nbytes for each in tensors) - trained, trained
 
 
-class _Multiply4bit(torch.autograd.Function):
-    """What a 4-bit layer allocates while it multiplies, forth and back: its weights in the computation's dtype."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        ctx.shape = shape
-        return torch.nn.functional.linear(x, x.new_empty(shape))
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple:
-        return gradient @ gradient.new_empty(ctx.shape), None
+def _forward_4bit(layer: torch.nn.Linear, shape: torch.Size, x: torch.Tensor) -> torch.Tensor:
+    """What a 4-bit layer allocates: its weights in bfloat16, anew in the backward pass, not kept in between."""
+    unpacked = functools.partial(torch.empty, dtype=torch.bfloat16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda weight: weight.shape, unpacked):
+        return torch.nn.functional.linear(x.bfloat16(), unpacked(shape), layer.bias)
 
 
-def _pack(layer: torch.nn.Linear) -> None:
-    """Give `layer`, in place, as many bytes as a layer of bitsandbytes has; there are no weights in them."""
-    shape, size = layer.weight.shape, round(layer.weight.numel() * NF4_BYTES)
-    layer.compute_dtype = layer.weight.dtype  # in which PEFT makes adapters
-    layer.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        made = _Multiply4bit.apply(x.to(layer.compute_dtype), shape)
-        return made if layer.bias is None else made + layer.bias
-
-    layer.forward = forward
-
-
-def materialize(model: torch.nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    """Put `make(name, tensor)` in the place of all that lies on the meta device, one by one; what is shared stays shared."""
-    made = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is not None and old.is_meta and old not in made:
-                    new = made[old] = make(name, old)
-                    if isinstance(old, torch.nn.Parameter) and not isinstance(new, torch.nn.Parameter):
-                        made[old] = torch.nn.Parameter(new, old.requires_grad)
-                tensors[name] = made.get(old, old)
+def _without_weights(config: PreTrainedConfig, n_blocks: int, approach: str, precision: str) -> PreTrainedModel:
+    """The lowest `n_blocks` on the meta device; with `nf4` a layer has as many bytes as one of bitsandbytes."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = n_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:n_blocks]
+    model = base_models.on_meta(config, N_LABELS if approach == "head" else None)
+    model = model.to(torch.float32 if precision == "float32" else torch.bfloat16)
+    for layer in model.base_model.modules():
+        if precision == "nf4" and isinstance(layer, torch.nn.Linear):
+            layer.compute_dtype = torch.bfloat16  # in which PEFT makes adapters
+            layer.forward = functools.partial(_forward_4bit, layer, layer.weight.shape)
+            packed = torch.empty(round(layer.weight.numel() * NF4_BYTES), dtype=torch.uint8, device="meta")
+            layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    return model
 
 
 def adapted(model: PreTrainedModel, approach: str, precision: str, rank: int, recipe: Recipe) -> PeftModel:
@@ -176,28 +160,18 @@ def count_step(
     precision: str = "nf4",
     recipe: Recipe = Recipe(),
     label_tokens: int = 4,
-    blocks: int = 2,
 ) -> dict[str, int]:
     """Bytes of one training step with LoRA on all linear layers, counted without weights, memory or GPU.
 
-    It counts what the code asks for: fused kernels of a GPU need less, its allocator rounds up, its context comes on top.
-
-    Args:
-        shape: what `base_models.shape_of` takes; any architecture.
-        approach: `head` or `instruction`.
-        batch_size, length: documents, and tokens of each, padding included.
-        precision: of the base model's weights, one of `PRECISIONS`; but with `float32` the step is made under autocast.
-        label_tokens: positions whose logits are taken for instruction tuning. TRL's loss takes all on a CPU: not counted.
-        blocks: the step is made with so many blocks and with one more; each further one costs what that one does.
+    It counts what the code asks for: fused kernels of a GPU need less, its allocator rounds up, its context comes on top. The
+    step is made under autocast unless `precision` is `float32`, and takes the logits of `label_tokens` positions for instruction
+    tuning, unless the recipe's loss is that of `all`; TRL's takes all on a CPU: not counted. `length` includes padding.
 
     Returns:
         `weights` (frozen), `adapters`, `optimizer`; `activations`, what the forward pass keeps for the backward pass;
         `temporary`, what there is beyond that at the worst moment, gradients among it; `peak`, the sum.
-
-    Raises:
-        BookError: an unknown approach or precision, a text longer than the model takes, or as `base_models.fetch`.
     """
-    for what, value, known in (("approach", approach, TASK_TYPES), ("precision", precision, PRECISIONS)):
+    for what, value, known in (("approach", approach, TASK_TYPES), ("precision", precision, ("nf4", "bfloat16", "float32"))):
         if value not in known:
             raise unknown_name(what, value, known)
     config = base_models.shape_of(shape)
@@ -206,77 +180,51 @@ def count_step(
     total = config.num_hidden_layers
     base_models.check_n_layers(recipe.n_layers, total)
     upper = recipe.n_layers or total
+    n_logits = length if recipe.loss == "all" else label_tokens
 
     def step_of(n_blocks: int, n_adapted: int) -> np.ndarray:
-        small = copy.deepcopy(config)
-        small.num_hidden_layers = n_blocks
-        if getattr(small, "layer_types", None):
-            small.layer_types = small.layer_types[:n_blocks]
-        model = base_models.on_meta(small, N_LABELS if approach == "head" else None)
-        model = model.to(torch.float32 if precision == "float32" else torch.bfloat16)
-        for layer in model.base_model.modules():
-            if precision == "nf4" and isinstance(layer, torch.nn.Linear):
-                _pack(layer)
+        """Frozen and trained bytes, trained weights, what the forward pass keeps; the most bytes of either pass."""
+        model = _without_weights(config, n_blocks, approach, precision)
         model = adapted(model, approach, precision, rank, replace(recipe, n_layers=n_adapted))
-        n_logits = length if recipe.loss == "all" else label_tokens
-        return _bytes_of_step(model, approach, precision != "float32", batch_size, length, n_logits)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu").tie_weights()
+            ids = torch.zeros((batch_size, length), dtype=torch.long)
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+            if approach == "head":
+                batch["labels"] = ids[:, 0]
+            else:
+                batch |= {"labels": ids[:, :n_logits], "logits_to_keep": n_logits}
+            with BytesAlive(model) as alive, torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):
+                loss = model(**batch).loss
+                kept, forward = alive.now, alive.peak
+                alive.peak = kept
+            with alive:
+                loss.backward()
+            return np.array([*held(model), model.get_nb_trainable_parameters()[0], kept, forward, alive.peak])
 
-    fewer, more = step_of(blocks, blocks), step_of(blocks + 1, blocks + 1)
-    step = fewer + (upper - blocks) * (more - fewer)
+    fewer, more = step_of(BLOCKS, BLOCKS), step_of(BLOCKS + 1, BLOCKS + 1)
+    step = fewer + (upper - BLOCKS) * (more - fewer)
     if upper < total:
-        step += (total - upper) * (step_of(blocks + 1, blocks) - fewer)
+        step += (total - upper) * (step_of(BLOCKS + 1, BLOCKS) - fewer)
     weights, adapters, n_trained, activations, *phases = step.tolist()
     counted = {"weights": weights, "adapters": adapters, "optimizer": n_trained * OPTIMIZER_BYTES[recipe.optim]}
-    counted |= {"activations": activations, "temporary": max(phases) - activations}
+    counted |= {"activations": activations, "temporary": max(*phases, adapters) - activations}  # gradients
     return counted | {"peak": sum(counted.values())}
-
-
-def _bytes_of_step(model: PeftModel, approach: str, autocast: bool, batch_size: int, length: int, n_logits: int) -> np.ndarray:
-    """Frozen and trained bytes, trained weights, what the forward pass keeps; most bytes of the passes, gradients."""
-    with FakeTensorMode():
-        materialize(model, lambda name, each: torch.empty(each.shape, dtype=each.dtype))
-        ids = torch.zeros((batch_size, length), dtype=torch.long)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        if approach == "head":
-            batch["labels"] = ids[:, 0]
-        else:
-            batch |= {"labels": ids[:, :n_logits], "logits_to_keep": n_logits}
-        with BytesAlive(model) as alive, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**batch).loss
-            kept, forward = alive.now, alive.peak
-            alive.peak = kept
-        with alive:
-            loss.backward()
-        trained = [each for each in model.parameters() if each.requires_grad]
-        gradients = sum(each.grad.nbytes for each in trained)
-        return np.array([*held(model), sum(each.numel() for each in trained), kept, forward, alive.peak, gradients])
-
-
-def largest_batch(shape: str, approach: str, memory: float, **options) -> int:
-    """The most documents whose training step fits into `memory` bytes, 0 if not even one does; `options` of `count_step`."""
-
-    def needs(batch_size: int) -> int:
-        return count_step(shape, approach, batch_size=batch_size, **options)["peak"]
-
-    four, eight = needs(4), needs(8)
-    fits = max(0, int((memory - four) / (eight - four) * 4 + 4))  # about: what the worst moment is may change on the way
-    while fits and needs(fits) > memory:
-        fits -= 1
-    while needs(fits + 1) <= memory:
-        fits += 1
-    return fits
 
 
 def check_fits(shape: str, approach: str, memory: float, *, batch_size: int, **options) -> None:
     """Raise a BookError that says what would fit if a step needs more than `memory` bytes; `options` of `count_step`."""
-    needs = count_step(shape, approach, batch_size=batch_size, **options)["peak"]
-    if needs <= memory:
+
+    def needs(n: int) -> int:
+        return count_step(shape, approach, batch_size=n, **options)["peak"]
+
+    if (needed := needs(batch_size)) <= memory:
         return
-    fits = largest_batch(shape, approach, memory, **options)
+    fits = bisect.bisect(range(1, batch_size), memory, key=needs)
     advice = f"A batch of {fits} would fit" if fits else "Not even one document fits: take a smaller model or shorter documents"
     if not options.get("recipe", Recipe()).checkpointing:
         advice += ", or switch checkpointing on"
     raise BookError(
-        f"{shape} with {batch_size} documents of {options['length']} tokens needs about {needs / 1e9:.1f} GB for {approach}, "
+        f"{shape} with {batch_size} documents of {options['length']} tokens needs about {needed / 1e9:.1f} GB for {approach}, "
         f"there are {memory / 1e9:.1f} GB. {advice}."
     )
