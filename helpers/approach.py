@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import base_models
+from helpers import base_models, profiles
 from helpers.checkpoints import resumable
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, measure
@@ -50,7 +50,7 @@ class Approach:
             BookError: what the approach cannot learn from, such as a document that is longer than its model takes.
         """
         self.labels, self.multi_label = task.labels, task.multi_label
-        with measure() as cost:
+        with measure() as cost, profiles.fast_products():
             self._fit(task)
         self.training_seconds = cost.seconds
         return self
@@ -61,7 +61,8 @@ class Approach:
         Raises:
             BookError: a text is empty, or longer than the model takes.
         """
-        raise NotImplementedError
+        with profiles.fast_products():
+            return self._predict_proba(texts, batch_size)
 
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
         """`predict_proba` for `documents`, which has the columns `text` and `label`, with the gold labels and the cost.
@@ -130,6 +131,9 @@ class Approach:
         return approach
 
     def _fit(self, task: Task) -> None:
+        raise NotImplementedError
+
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         raise NotImplementedError
 
     def _save(self, folder: Path) -> None:

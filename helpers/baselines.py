@@ -41,8 +41,7 @@ class Majority(_OneFile):
         gold = np.array(task.train["label"])
         self.model = (gold if task.multi_label else np.eye(len(self.labels))[gold]).mean(axis=0)
 
-    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """The same for every text."""
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         return np.tile(self.model, (len(texts), 1))
 
 
@@ -65,8 +64,7 @@ class TfidfSvm(_OneFile):
         planes = len(self.labels) if task.multi_label else len(self.model[-1].coef_)
         self.trainable_parameters = planes * len(features.vocabulary_)
 
-    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Softmax of the margins; multi-label, their sigmoid."""
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         margins = self.model.decision_function(texts)
         if margins.ndim == 1:  # two labels: one margin
             margins = np.stack([-margins, margins], axis=1) / 2
@@ -104,8 +102,7 @@ class FrozenProbe(Approach):
     def _logits(self, features: np.ndarray) -> np.ndarray:
         return features @ self.probe.coef_.T
 
-    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Softmax of the probe's logits; multi-label, their sigmoid."""
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         logits = self._logits(self._features(texts))
         return expit(logits) if self.multi_label else softmax(logits, axis=1)
 
@@ -154,8 +151,7 @@ class FineTunedEncoder(Approach):
         return {}
 
     @torch.inference_mode()
-    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Softmax of the logits; multi-label, their sigmoid."""
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         texts = prompts.sanitize_prompts(texts, self.tokenizer)
         logits = np.empty((len(texts), len(self.labels)))
         for rows, batch in prompts.batches(texts, self.tokenizer, batch_size):

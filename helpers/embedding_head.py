@@ -134,8 +134,7 @@ class EmbeddingHead(LoraApproach):
         self.trainable_parameters = model.num_parameters(only_trainable=True)
 
     @torch.inference_mode()
-    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """Softmax of the head's logits; multi-label, their sigmoid. See `Approach.predict_proba`."""
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         logits = torch.empty(len(texts), len(self.labels))
         for rows, batch in prompts.batches(self._prompts(texts), self.tokenizer, batch_size):
             logits[rows] = self.model(**batch.to(self.model.device), use_cache=False).logits.float().cpu()

@@ -168,8 +168,7 @@ class InstructionTuned(LoraApproach):
         run_training(trainer)
         self.model = trainer.model
 
-    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """How likely each label is to follow, among all labels. See `Approach.predict_proba`."""
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         score = score_label_lists if self.multi_label else score_labels
         scores = score(self._prompts(texts), self._words(), self.model, self.tokenizer, batch_size, space=self._space)
         return (scores if self.multi_label else scores.softmax(-1)).numpy()

@@ -115,7 +115,7 @@ def score_labels(
     for rows, batch in prompting.batches(prompts, tokenizer, batch_size, side="left", skip=len(shared)):
         mask = torch.nn.functional.pad(batch.attention_mask, (len(shared), 0), value=1).to(model.device)
         cache = _select(prefix, [0] * len(rows)) if shared else DynamicCache(config=model.config) if to_walk else None
-        start = _read(model, batch.input_ids, mask, cache, logits_to_keep=1)[:, -1, first_tokens].cpu().numpy()
+        start = _read(model, batch.input_ids, mask, cache, logits_to_keep=torch.tensor([-1]))[:, -1, first_tokens].cpu().numpy()
         scores[rows] = torch.from_numpy(_walk(branches, roots, start, len(labels), model, cache, mask, tolerance)).float()
     return scores
 

@@ -176,7 +176,7 @@ def test_a_run_without_git_is_recorded(broken, tmp_path, monkeypatch):
 def test_provenance_says_how_it_was_computed(monkeypatch):
     profile = profiles.current()
     found = sweeps.provenance()
-    assert found["float32_matmul_precision"] == torch.get_float32_matmul_precision()
+    assert found["float32_matmul_precision"] == profiles.current().float32_products == "medium"
     assert len(found["commit"]) >= 7 and found["attention"] == getattr(profile, "attention", None)
 
     class Eager:

@@ -136,10 +136,9 @@ class InstructionTuned(LoraOptions, instruction.InstructionTuned):
         weighted = type("WeightedTrainer", (PromptLossTrainer,), {"prompt_loss_weight": self.prompt_loss_weight})
         return weighted if self.prompt_loss_weight else super()._trainer_class()
 
-    def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
-        """As `InstructionTuned`, or the answers to the questions."""
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         if not (self.multi_label and self.ask == "questions"):
-            return super().predict_proba(texts, batch_size)
+            return super()._predict_proba(texts, batch_size)
         options = {"batch_size": batch_size, "space": self._space}
         return score_questions(self._prompts(texts), self._words(), self.model, self.tokenizer, **options).numpy()
 

@@ -51,7 +51,7 @@ def provenance() -> dict:
         "threads": torch.get_num_threads(),
         "dtype": str(profile.dtype).removeprefix("torch."),
         "quantization": "NF4" if profile.quantization else None,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": profile.float32_products,
         "attention": profile.attention,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
