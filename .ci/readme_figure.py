@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import pyplot as plt
@@ -56,7 +57,7 @@ def scores() -> pd.DataFrame:
             if said.multi_label:
                 validation = records.validation_of(record)
                 order = f1_score(validation.gold, validation.probabilities >= said.thresholds, average="micro")
-            labels = range(len(said.labels))
+            labels = np.flatnonzero(np.eye(len(said.labels))[said.gold].any(0) if said.gold.ndim == 1 else said.gold.any(0))
             score = 100 * f1_score(said.gold, said.predicted, labels=labels, average="macro", zero_division=0)
             known = (task, record["name"], record["key"]["seed"])
             best[known] = max(best.get(known, (-1.0, 0.0)), (float(order), float(score)))

@@ -40,7 +40,7 @@ SNIPPETS = {
     "load_best_model_at_end average_tokens_across_devices",
     "trl:SFTConfig": "max_length eval_strategy activation_checkpointing",
     "trl:SFTTrainer": "train_dataset eval_dataset processing_class compute_metrics preprocess_logits_for_metrics",
-    "helpers.instruction:InstructionTuned": "epochs verbalizer",
+    "helpers.lab.approaches:InstructionTuned": "epochs verbalizer",
 }
 GIVEN_ON = {"num_labels", "pad_token_id", "dtype"}  # `from_pretrained` takes any keyword and hands it on
 # Names of older versions that raise no warning, or not everywhere. They stand in no program of this book.
@@ -174,5 +174,7 @@ def test_licence_and_title_are_the_same_everywhere():
 def test_readme_lists_every_chapter_and_module():
     readme = (ROOT / "README.md").read_text()
     assert re.findall(r"^\| \[`(\w+)`\]\(book/\1\.ipynb\)", readme, re.M) == [path.stem for path in CHAPTERS]
-    modules = {path.name for path in (ROOT / "helpers").glob("*.py")} - {"__init__.py", "errors.py"}
-    assert set(re.findall(r"`(\w+\.py)`", readme)) >= modules
+    rooms = readme.split("| room |")[1].split("##")[0]
+    modules = {path.stem for path in (ROOT / "helpers").rglob("*.py")} - {"__init__"}
+    assert set(re.findall(r"`(?:python -m helpers\.)?(\w+)`", rooms)) >= modules
+    assert len(re.findall(r"^\| `", rooms, re.M)) <= 12

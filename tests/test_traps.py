@@ -25,10 +25,10 @@ from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, label_scoring, profiles, tasks
 from helpers.corpora import Document
-from helpers.embedding_head import EmbeddingHead, load_classifier, train_classifier
+from helpers.embedding_head import Float32Linear, load_classifier, train_classifier
 from helpers.embeddings import embed
 from helpers.evaluation import Predictions, best_thresholds, evaluate
-from helpers.instruction import InstructionTuned
+from helpers.lab.approaches import EmbeddingHead, InstructionTuned
 from helpers.label_scoring import label_tokens, score_labels
 from helpers.tasks import Task
 
@@ -129,7 +129,7 @@ def test_small_steps_are_lost_on_a_head_in_bfloat16(classifier, tokenizer):
 
 def test_our_classifier_has_a_whole_head_in_float32_and_its_own_padding(tiny_model, tokenizer):
     model, _ = load_classifier(tiny_model, 3)
-    assert type(model.score) is torch.nn.Linear and model.score.weight.dtype == torch.float32
+    assert type(model.score) is Float32Linear and model.score.weight.dtype == torch.float32
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -205,14 +205,14 @@ def test_an_adapters_folder_gives_back_its_head_to_transformers_and_to_peft(clas
     assert not torch.allclose(logits(classifier(), [SHORT], tokenizer), expected, atol=0.1)
 
 
-def test_several_labels_are_learned_from_floats_and_ours_takes_integers(classifier, tokenizer):
+def test_several_labels_are_learned_from_floats_and_ours_takes_integers(classifier, tokenizer, tmp_path):
     several = classifier(problem_type="multi_label_classification")
     batch = tokenizer([SHORT, LONG], padding=True, return_tensors="pt")
     gold = [[1, 0, 1], [0, 1, 0]]
     with pytest.raises(RuntimeError, match="result type Float can't be cast"):
         several(**batch, labels=torch.tensor(gold))
     before = several.score.weight.detach().clone()
-    train_classifier(several, tokenizer, [SHORT, LONG], gold, learning_rate=1e-2, epochs=3, batch_size=2, seed=0)
+    train_classifier(several, tokenizer, [SHORT, LONG], gold, learning_rate=1e-2, output_dir=str(tmp_path), save_strategy="no")
     assert not torch.equal(several.score.weight, before)
 
 

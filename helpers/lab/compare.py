@@ -117,10 +117,9 @@ def results(made: Iterable[dict], validation: bool = False) -> dict[str, Predict
     """Every approach's predictions on all test sets, or validation sets; multi-label with the best threshold on validation."""
     found: dict[str, list[Predictions]] = {}
     for record in made:
-        validated = records.validation_of(record)
-        predictions = validated if validation else records.predictions_of(record)
+        predictions = (records.validation_of if validation else records.predictions_of)(record)
         if predictions.multi_label:
-            predictions = replace(predictions, thresholds=evaluation.best_thresholds(validated))
+            predictions = replace(predictions, thresholds=evaluation.best_thresholds(records.validation_of(record)))
         found.setdefault(predictions.approach, []).append(predictions)
     return {name: evaluation.pool(each) if len(each) > 1 else each[0] for name, each in found.items()}
 
