@@ -2,7 +2,8 @@
 
 import importlib
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Self
@@ -32,9 +33,11 @@ _NOTE = "approach.json"  # what was saved
 
 
 class Approach:
-    """A classifier of text, with scikit-learn's manners. Subclasses are dataclasses of their settings.
+    """A classifier of text, with scikit-learn's manners.
 
     `fit` or `load` give it `labels`, in the order of the columns of probabilities, and `multi_label` (several a document).
+    Subclasses are dataclasses of their settings, with `_fit(task)`, `_predict_proba(texts, batch_size)`, `_save(folder)` and
+    `_load(folder)`.
     """
 
     name: str
@@ -130,18 +133,6 @@ class Approach:
         approach._load(folder)
         return approach
 
-    def _fit(self, task: Task) -> None:
-        raise NotImplementedError
-
-    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
-        raise NotImplementedError
-
-    def _save(self, folder: Path) -> None:
-        raise NotImplementedError
-
-    def _load(self, folder: Path) -> None:
-        raise NotImplementedError
-
     def _count_tokens(self, texts: list[str]) -> int:
         """What the model reads of them, padding left out; 0 for approaches without a tokenizer."""
         return 0
@@ -151,34 +142,24 @@ class Approach:
 class LoraApproach(Approach):
     """An approach that trains an adapter on a causal base model: `EmbeddingHead` or `InstructionTuned`.
 
-    Attributes:
-        base_model: see `base_models.fetch`.
-        suffix: what stands between the document and its label, so that the last token is one that asks for the topic.
-        n_layers: LoRA on the linear layers of the upper `n_layers` blocks; None for all.
-        rank, learning_rate, epochs, batch_size, seed: of the training. The defaults were chosen on validation documents of
-            BBC News, 32 per class.
-        checkpoints: a folder that gets one after every epoch; a training that was stopped goes on from there.
+    The defaults of rank, learning rate and epochs were chosen on validation documents of BBC News, 32 per class.
     """
 
     base_model: str = base_models.DEFAULT
-    suffix: str = SUFFIX
-    n_layers: int | None = 10
+    suffix: str = SUFFIX  # between the document and its label, so that the last token asks for the topic
+    n_layers: int | None = 10  # LoRA on the linear layers of so many upper blocks; None for all
     rank: int = 16
     learning_rate: float = 5e-4
     epochs: int = 2
     batch_size: int = 8
     seed: int = 0
-    checkpoints: str | None = None
+    checkpoints: str | None = None  # a folder that gets one after every epoch, from which a stopped training goes on
 
     model: ClassVar[PeftModel | PreTrainedModel]
     tokenizer: ClassVar[PreTrainedTokenizerBase]
 
     def __post_init__(self) -> None:
-        """Refuse settings that no training can have.
-
-        Raises:
-            BookError: rank, batch size, learning rate or epochs too small.
-        """
+        """Refuse settings that no training can have, with a BookError."""
         for name, least in {"rank": 1, "batch_size": 1, "epochs": 0}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -186,10 +167,6 @@ class LoraApproach(Approach):
         if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate >= 0:
             hint = " YAML reads 5e-4 as text: write 5.0e-4." if isinstance(self.learning_rate, str) else ""
             raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.{hint}")
-
-    def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model that the adapter is put on, and its tokenizer."""
-        raise NotImplementedError
 
     def _lora_options(self) -> dict:
         """Options of `LoraConfig` beside rank and layers."""
@@ -202,21 +179,19 @@ class LoraApproach(Approach):
         self.tokenizer.save_pretrained(folder)
 
     def _load(self, folder: Path) -> None:
-        base, _ = self._load_base()
+        base, _ = self._load_base()  # the model that the adapter is put on
         self.model = PeftModel.from_pretrained(base, folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def _training_options(self) -> dict:
-        """The options of `TrainingArguments` that both approaches share."""
-        return {
-            "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "seed": self.seed,
-        }
-
-    def _resumable(self, task: Task) -> AbstractContextManager[dict]:
-        """The options for its checkpoints, see `checkpoints.resumable`."""
+    @contextmanager
+    def _training_options(self, task: Task) -> Iterator[dict]:
+        """The options of `TrainingArguments` that both approaches share, with those for checkpoints (`checkpoints.resumable`)."""
+        options = {"num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch_size}
+        options |= {"learning_rate": self.learning_rate, "seed": self.seed}
         settings = {name: value for name, value in asdict(self).items() if name not in ("checkpoints", "name")}
         settings |= {"approach": type(self).__name__, "documents": task.content_hash()}
-        return resumable(self.checkpoints, settings)
+        with resumable(self.checkpoints, settings) as checkpoints:
+            yield options | checkpoints
+
+    def _count_tokens(self, texts: list[str]) -> int:
+        return sum(map(len, self.tokenizer(self._prompts(texts)).input_ids))

@@ -117,7 +117,7 @@ class EmbeddingHead(LoraApproach):
         return prompts.sanitize_prompts(texts, self.tokenizer, after=self.suffix)
 
     def _fit(self, task: Task) -> None:
-        with self._resumable(task) as checkpoint_options:
+        with self._training_options(task) as options:
             set_seed(self.seed)
             model, self.tokenizer = self._load_base()
             texts, gold = self._prompts(texts_of(task.train)), list(task.train["label"])
@@ -128,7 +128,6 @@ class EmbeddingHead(LoraApproach):
                     probe = fit_probe(embed(texts, model, self.tokenizer), np.array(gold))
                     model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
                 model = get_peft_model(model, lora)
-                options = self._training_options() | checkpoint_options
                 train_classifier(model, self.tokenizer, texts, gold, precision=self.precision, **options)
         self.model = model.eval()
         self.trainable_parameters = model.num_parameters(only_trainable=True)
@@ -139,6 +138,3 @@ class EmbeddingHead(LoraApproach):
         for rows, batch in prompts.batches(self._prompts(texts), self.tokenizer, batch_size):
             logits[rows] = self.model(**batch.to(self.model.device), use_cache=False).logits.float().cpu()
         return (logits.sigmoid() if self.multi_label else logits.softmax(-1)).numpy()
-
-    def _count_tokens(self, texts: list[str]) -> int:
-        return sum(map(len, self.tokenizer(self._prompts(texts)).input_ids))

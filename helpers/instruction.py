@@ -80,13 +80,13 @@ class InstructionTuned(LoraApproach):
         return self
 
     def _fit(self, task: Task) -> None:
-        with self._resumable(task) as checkpoint_options:
+        with self._training_options(task) as options:
             set_seed(self.seed)
             self.model, self.tokenizer = self._load_base()
             self._check_labels()
             if self.epochs:
                 with cached_lower_layers(self.model, self.n_layers):
-                    self._train(task, checkpoint_options)
+                    self._train(task, options)
                 self.trainable_parameters = self.model.num_parameters(only_trainable=True)
         self.model.eval()
 
@@ -141,7 +141,7 @@ class InstructionTuned(LoraApproach):
     def _trainer_class(self) -> type[SFTTrainer]:
         return LabelTokensTrainer if profiles.current().device == "cpu" else SFTTrainer
 
-    def _train(self, task: Task, checkpoint_options: dict) -> None:
+    def _train(self, task: Task, options: dict) -> None:
         profile = profiles.current(self.precision)
         examples = self._examples(task)
         whole = [prompt + completion for prompt, completion in zip(*examples.values(), strict=True)]
@@ -149,8 +149,7 @@ class InstructionTuned(LoraApproach):
         trainer = self._trainer_class()(
             model=self.model,
             args=SFTConfig(
-                **self._training_options(),
-                **checkpoint_options,
+                **options,
                 max_length=longest + 1,  # and the end of sequence, which TRL appends
                 activation_checkpointing=False,
                 **trainer_options(profile),
@@ -172,6 +171,3 @@ class InstructionTuned(LoraApproach):
         score = score_label_lists if self.multi_label else score_labels
         scores = score(self._prompts(texts), self._words(), self.model, self.tokenizer, batch_size, space=self._space)
         return (scores if self.multi_label else scores.softmax(-1)).numpy()
-
-    def _count_tokens(self, texts: list[str]) -> int:
-        return sum(map(len, self.tokenizer(self._prompts(texts)).input_ids))
