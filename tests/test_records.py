@@ -102,6 +102,8 @@ def test_every_setting_that_a_record_lacks_has_the_default_of_its_introduction()
     for path in RESULTS.glob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():
             key = json.loads(line)["key"]
+            if key["approach"] == "FullFineTuning":  # a class of chapter 03
+                continue
             given = {field.name for field in fields(APPROACHES[key["approach"]])} - set(key["settings"])
             lacking |= {(key["approach"], name) for name in given}
     assert ("InstructionTuned", "prompt_loss_weight") in lacking

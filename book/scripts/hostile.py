@@ -44,7 +44,7 @@ def recorded_cells(path: str | Path = CHAPTER) -> dict:
 
 
 def ask(approach, defences: str, documents, chapter: dict) -> Predictions:
-    """What a trained approach says, about texts as they come or framed."""
+    """What a trained approach says, about texts as they come or sanitized."""
     if defences != "none":
         return approach.predict(documents)
     with measure() as cost:
