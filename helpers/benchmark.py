@@ -30,7 +30,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from helpers import base_models, profiles, runs
+from helpers import adapters, base_models, profiles, runs
 from helpers.errors import BookError
 from helpers.instruction import LabelTokensTrainer
 from helpers.measuring import Recipe, adapted, allocated, check_fits, count_step, held
@@ -148,6 +148,8 @@ def train(
                 kind = SFTTrainer if recipe.loss == "trl" else LabelTokensTrainer
                 settings = SFTConfig(**options, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
                 trainer = kind(model, settings, train_dataset=data, processing_class=tokenizer, callbacks=[clock])
+                if recipe.float32_adapters:
+                    adapters.keep_in_float32(trainer)
         trainer.remove_callback(trainer.callback_handler.callbacks[-1])
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], clock.seconds

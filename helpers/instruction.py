@@ -220,6 +220,7 @@ class InstructionTuned(adapters.Adapted):
             processing_class=self.tokenizer,
             peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers, **self.lora),
         )
+        adapters.keep_in_float32(trainer)
         trainer.prompt_loss_weight = self.prompt_loss_weight
         if len(trainer.train_dataset) != len(whole):
             raise BookError(
