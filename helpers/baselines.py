@@ -229,7 +229,7 @@ class FineTunedEncoder:
                 device_map=profiles.current().device,
             )
             options = dict(learning_rate=self.learning_rate, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed)
-            train_classifier(self._model, self._tokenizer, texts, gold, loss=self._loss, **options)
+            train_classifier(self._model, self._tokenizer, texts, gold, loss=self._loss, precision="float32", **options)
         self._model.eval()
         return self
 

@@ -50,8 +50,18 @@ def load_classifier(
         device_map=profile.device,
     )
     base_models.keep_trainable(model)
-    model.score.float().register_forward_pre_hook(head_in_float32)
+    head = Float32Linear(model.score.in_features, model.score.out_features, bias=False, device="meta")
+    head.weight = torch.nn.Parameter(model.score.weight.data.float())
+    model.score = head
     return model.eval(), tokenizer
+
+
+class Float32Linear(torch.nn.Linear):
+    """A linear layer that computes in float32, whatever reaches it, also under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 def head_in_float32(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
@@ -142,6 +152,7 @@ def train_classifier(
     seed: int,
     checkpoints: str | None = None,
     loss: Callable | None = None,
+    precision: str | None = None,
 ) -> None:
     """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, linear decay after a tenth of warm-up.
 
@@ -149,9 +160,12 @@ def train_classifier(
         gold: label numbers; for a multi-label model lists of zeros and ones.
         checkpoints: a folder that gets one after every epoch and from which a stopped training goes on.
         loss: instead of the model's own, `compute_loss_func` of the Trainer.
+        precision: of the base model's weights, see `profiles.current`; where its dtype is bfloat16, training computes in it
+            (autocast), as instruction tuning does.
     """
     if isinstance(gold[0], list):
         gold = [[float(one) for one in row] for row in gold]  # what binary cross-entropy takes
+    profile = profiles.current(precision)
     with adapters.checkpoint_options(checkpoints) as options:
         trainer = Trainer(
             model=model,
@@ -163,7 +177,8 @@ def train_classifier(
                 warmup_steps=0.1,
                 logging_strategy="no",
                 disable_tqdm=True,
-                use_cpu=profiles.current().device == "cpu",
+                bf16=profile.dtype == torch.bfloat16,
+                use_cpu=profile.device == "cpu",
                 seed=seed,
             ),
             train_dataset=Dataset.from_dict({**tokenizer(texts), "label": gold}),
@@ -242,6 +257,7 @@ class EmbeddingHead(adapters.Adapted):
                     batch_size=self.batch_size,
                     seed=self.seed,
                     checkpoints=self.checkpoints,
+                    precision=self.precision,
                 )
         self.training_seconds = cost.seconds
         self.model = model.eval()

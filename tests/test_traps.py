@@ -24,7 +24,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, label_scoring, profiles, tasks
-from helpers.embedding_head import EmbeddingHead, embed, load_classifier, train_classifier
+from helpers.embedding_head import EmbeddingHead, Float32Linear, embed, load_classifier, train_classifier
 from helpers.evaluation import Predictions, best_thresholds, evaluate
 from helpers.instruction import InstructionTuned
 from helpers.label_scoring import label_tokens, score_labels
@@ -128,7 +128,7 @@ def test_small_steps_are_lost_on_a_head_in_bfloat16(classifier, tokenizer):
 
 def test_our_classifier_has_a_whole_head_in_float32_and_its_own_padding(tiny_model, tokenizer):
     model, _ = load_classifier(tiny_model, 3)
-    assert type(model.score) is torch.nn.Linear and model.score.weight.dtype == torch.float32
+    assert type(model.score) is Float32Linear and model.score.weight.dtype == torch.float32
     assert model.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
