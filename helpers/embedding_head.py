@@ -185,6 +185,8 @@ def train_classifier(
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_loss_func=loss,
         )
+        # A classifier takes the mean over its own batch; the Trainer believes that it divides by what is accumulated.
+        trainer.model_accepts_loss_kwargs = False
         adapters.train(trainer)
 
 
