@@ -103,7 +103,15 @@ class _Clock(TrainerCallback):
 
 
 def train(
-    model: PeftModel, approach: str, recipe: Recipe, texts: Dataset, *, batch_size: int, learning_rate: float, steps: int = -1
+    model: PeftModel,
+    approach: str,
+    precision: str,
+    recipe: Recipe,
+    texts: Dataset,
+    *,
+    batch_size: int,
+    learning_rate: float,
+    steps: int = -1,
 ) -> tuple[list[float], list[float]]:
     """Train with the stock trainers, set as `recipe` says, on one pass over `texts` or on `steps` batches.
 
@@ -121,7 +129,7 @@ def train(
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
             optim=recipe.optim,
-            bf16=model.dtype == torch.bfloat16,
+            bf16=precision != "float32",  # not model.dtype: kbit preparation makes that float32
             train_sampling_strategy=recipe.sampling,
             activation_checkpointing=recipe.checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": recipe.reentrant},
@@ -184,9 +192,10 @@ def run(key: dict) -> dict:
     frozen, trained = held(model)
     longest = documents(2 * key["batch_size"], 2, vocabulary).map(lambda row: {"input_ids": [10] * key["length"]})
     with allocated() as cost:
-        train(model, approach, recipe, longest, batch_size=key["batch_size"], learning_rate=0.0)
+        train(model, approach, key["precision"], recipe, longest, batch_size=key["batch_size"], learning_rate=0.0)
     texts = documents(key["steps"] * key["batch_size"], key["length"], vocabulary, key["seed"])
-    losses, seconds = train(model, approach, recipe, texts, batch_size=key["batch_size"], learning_rate=5e-4)
+    options = dict(batch_size=key["batch_size"], learning_rate=5e-4)
+    losses, seconds = train(model, approach, key["precision"], recipe, texts, **options)
     return {
         "key": key,
         "counted": counted,
