@@ -1,4 +1,4 @@
-"""Record what both approaches say about hostile documents, without and with defences.
+"""Record what both approaches say about hostile documents.
 
     python book/scripts/hostile.py
 
@@ -43,7 +43,7 @@ def recorded_cells(path: str | Path = CHAPTER) -> dict:
 
 
 def ask(approach, defences: str, documents, chapter: dict) -> Predictions:
-    """What a trained approach says: about texts as they come, or as it always reads them."""
+    """What a trained approach says, about texts as they come or framed."""
     if defences != "none":
         return approach.predict(documents)
     with measure() as cost:
@@ -61,7 +61,7 @@ def ask(approach, defences: str, documents, chapter: dict) -> Predictions:
 
 
 def main() -> None:
-    """Train each approach once a round, ask it about all documents of the round, record every answer."""
+    """Train each approach, without and with defences; record its answers."""
     chapter = recorded_cells()
     task = chapter["task"]
     options = {
