@@ -7,6 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import nbformat
@@ -155,6 +157,17 @@ def test_every_requirement_is_pinned_once_and_installed_as_pinned():
     for line in lines[:30]:
         name, pinned = line.split("==")
         assert version(name).split("+")[0] == pinned
+
+
+def test_helpers_are_installed_with_the_pins_and_nothing_else():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    found = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in (ROOT / "helpers").rglob("__init__.py")}
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert all(any(fnmatch(name, pattern) for pattern in patterns) for name in found)
+    assert not any(fnmatch(name, pattern) for name in ("book", "tests") for pattern in patterns)
+    version = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert project["project"]["version"] == version
 
 
 def test_address_is_the_same_everywhere():
