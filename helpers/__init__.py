@@ -9,5 +9,6 @@ timing, tables and figures. Each module says which chapter explains it.
 
 import logging
 
-# On CPUs with AVX512-BF16 bitsandbytes asks for a faster kernel from the hub, in the first cell that imports it.
+# On CPUs with AVX512-BF16 bitsandbytes looks for a package with a faster kernel and says that it is missing, as soon as
+# transformers or peft import it. So this module comes first: in the set-up cell of every chapter.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -9,12 +9,17 @@ and torch are needed.
 
 import argparse
 import json
+import logging
 
-import torch
-from accelerate import PartialState
-from datasets import load_dataset
-from peft import LoraConfig, get_peft_model
-from transformers import (
+# A notice about an optional package, when the imports below bring it in on
+# some CPUs.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from datasets import load_dataset  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
