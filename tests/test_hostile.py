@@ -185,12 +185,6 @@ def test_models_read_the_control_tokens_of_the_frame_and_no_others(make, tiny_mo
     assert found[0] == found[1]
 
 
-def test_the_test_above_would_see_them(tiny_model, tiny_task, read, monkeypatch):
-    monkeypatch.setattr(base_models, "framed", lambda texts, _, before="", after="": [before + each + after for each in texts])
-    FrozenProbe(tiny_model).fit(tiny_task).predict(hostile(tiny_task).test)
-    assert any(len(row) > 2 * len(TOKENS) for row in read)
-
-
 def test_training_text_ends_where_trl_ends_it(tiny_model, tiny_task):
     tuned = InstructionTuned(tiny_model, chat=True, epochs=0).fit(tiny_task)
     examples = tuned._training_examples(hostile(tiny_task))
