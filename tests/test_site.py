@@ -44,14 +44,44 @@ every_page = pytest.mark.parametrize("name", PAGES)
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The folder of the site, built from the stored outputs."""
+def built(tmp_path_factory):
+    """The site's folder, built once from the stored outputs, and what the command gave."""
     out = tmp_path_factory.mktemp("site")
     execute = CONFIG["execute"] | {"execute_notebooks": "off"}
     (out / "_config.yml").write_text(yaml.safe_dump(CONFIG | {"execute": execute}))
-    result = build(ROOT, out, "--config", str(out / "_config.yml"))
+    result = build(ROOT, out, "--config", str(out / "_config.yml"), "-W", "-n", "--keep-going")
+    return out / "_build" / "html", result
+
+
+@pytest.fixture(scope="module")
+def site(built):
+    folder, result = built
+    assert (folder / "index.html").exists(), result.stderr[-2000:]
+    return folder
+
+
+def test_site_builds_from_stored_outputs_without_a_warning(built):
+    folder, result = built
     assert result.returncode == 0, result.stderr[-2000:]
-    return out / "_build" / "html"
+    for path in (ROOT / "book").glob("*.ipynb"):
+        assert f"blob/main/book/{path.name}" in (folder / "book" / f"{path.stem}.html").read_text()  # the Colab button
+    index = (folder / "book" / "index.html").read_text()
+    assert 'alt="Dot plot' in index and "labelled documents, TF-IDF" in index  # pasted from the quickstart
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_site_has_one_block_to_copy_for_each_recipe(site, name):
+    cells = [cell for cell in nbformat.read(ROOT / f"{name}.ipynb", 4).cells if "recipe" in cell.metadata.get("tags", [])]
+    blocks = BeautifulSoup((site / f"{name}.html").read_text(), "html.parser").select("div.admonition.recipe")
+    if not cells:
+        assert blocks == []
+        return
+    [block] = blocks
+    assert "dropdown" in block["class"]
+    assert block.select_one(".admonition-title").get_text() == "Copy this recipe"
+    [code] = block.select("div.highlight pre")
+    assert code.get_text() == "\n\n\n".join(cell.source for cell in cells) + "\n"
+    assert block.find_next("div", class_="cell").find("pre").get_text().strip() == cells[0].source.strip()
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
