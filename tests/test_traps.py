@@ -353,7 +353,7 @@ def test_reading_on_changes_a_cache_and_ours_is_a_copy(tiny_model, tokenizer):
 @pytest.mark.parametrize("kind, settings", [(Trainer, TrainingArguments), (SFTTrainer, SFTConfig)])
 def test_trainers_take_a_processing_class_and_no_tokenizer(tiny_model, tokenizer, tmp_path, kind, settings):
     data = Dataset.from_dict({"text": [SHORT]})
-    options = dict(args=settings(str(tmp_path), use_cpu=True, bf16=False, report_to="none"), train_dataset=data)
+    options = dict(args=settings(str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False), train_dataset=data)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(TypeError, match="unexpected keyword argument 'tokenizer'"):
         kind(model, tokenizer=tokenizer, **options)
