@@ -60,6 +60,8 @@ def run_training(trainer: Trainer) -> None:
     last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    # Under bf16 the forward pass stays wrapped in autocast; without that, a model predicts what it will when it is loaded.
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def _check_same(note: Path, settings: dict) -> None:

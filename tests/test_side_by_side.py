@@ -43,14 +43,15 @@ def test_the_metrics_of_every_record_are_those_of_its_predictions():
     for path in (BOOK / "results").glob("*.jsonl"):
         for record in map(json.loads, path.read_text().splitlines()):
             gold, probabilities = np.array(record["gold"]), np.array(record["probabilities"])
-            labels, room = range(len(record["labels"])), 1e-9
+            room = 1e-9
             if gold.ndim == 1:
                 predicted, right = said(record), gold == said(record)
                 room += (np.diff(np.sort(probabilities, axis=1)[:, -2:]) < 1e-5).mean()  # rounding can turn these
             else:
                 predicted = (probabilities >= 0.5).astype(int)
                 right = (gold == predicted).all(axis=1)
-            macro_f1 = f1_score(gold, predicted, labels=labels, average="macro", zero_division=0)
+            present = np.unique(gold) if gold.ndim == 1 else np.flatnonzero(gold.any(axis=0))
+            macro_f1 = f1_score(gold, predicted, labels=present, average="macro", zero_division=0)
             assert record["metrics"]["accuracy"] == pytest.approx(right.mean(), abs=room), record["key"]
             assert record["metrics"]["macro_f1"] == pytest.approx(macro_f1, abs=4 * room), record["key"]
 
