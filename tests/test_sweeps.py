@@ -1,12 +1,12 @@
 """Making records: what a sweep names, what a record holds, and that none is lost or doubled."""
 
+import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from helpers import base_models, corpora, profiles, records, tasks
 from helpers.baselines import TfidfSvm
@@ -177,13 +177,12 @@ def test_provenance_says_how_it_was_computed(monkeypatch):
     profile = profiles.current()
     found = sweeps.provenance()
     assert found["float32_matmul_precision"] == profiles.current().float32_products == "medium"
-    assert len(found["commit"]) >= 7 and found["attention"] == getattr(profile, "attention", None)
+    assert len(found["commit"]) >= 7 and found["attention"] == profile.attention == "eager"
 
-    class Eager:
-        device, dtype, quantization, attention = "cpu", torch.float32, None, "eager"
-
-    monkeypatch.setattr(profiles, "current", Eager)
-    assert sweeps.provenance()["attention"] == "eager"
+    other = dataclasses.replace(profile, attention="sdpa", float32_products="highest")
+    monkeypatch.setattr(profiles, "current", lambda: other)
+    found = sweeps.provenance()
+    assert (found["attention"], found["float32_matmul_precision"]) == ("sdpa", "highest")
 
 
 def test_own_documents_are_a_source_like_the_books(tiny_task):
@@ -320,7 +319,7 @@ def test_other_library_versions_are_said(made):
 def test_records_of_different_test_sets_are_not_compared(made):
     svm_0, majority_0, svm_1, majority_1 = map(records.predictions_of, made)
     assert compare(svm_0, majority_0, n_resamples=50)["difference"] > 0
-    with pytest.raises(BookError, match="not tested on the same documents"):
+    with pytest.raises(BookError, match="different gold: compare them on the same documents"):
         compare(svm_0, majority_1)
     assert svm_0.test_set != svm_1.test_set
 
