@@ -16,7 +16,7 @@ def test_without_a_gpu_it_is_quick_in_float32_on_the_cpu(monkeypatch, value):
         monkeypatch.delenv("BOOK_PROFILE", raising=False)
     else:
         monkeypatch.setenv("BOOK_PROFILE", value)
-    assert profiles.current() == profiles.Profile("quick", "cpu", torch.float32, None, "eager")
+    assert profiles.current() == profiles.Profile("quick", "cpu", torch.float32, None, "eager", "medium")
 
 
 def test_quick_can_be_asked_for_on_a_gpu(monkeypatch):
@@ -35,6 +35,15 @@ def test_full_is_four_bit_and_computes_in_bfloat16_where_the_gpu_does(monkeypatc
     assert profile.quantization.load_in_4bit and profile.quantization.bnb_4bit_use_double_quant
     assert profile.quantization.bnb_4bit_quant_type == "nf4"
     assert profile.quantization.bnb_4bit_compute_dtype == dtype
+
+
+def test_fast_products_are_those_of_the_profile_and_end_with_the_block(monkeypatch):
+    monkeypatch.setenv("BOOK_PROFILE", "quick")
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), profiles.fast_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_unknown_profile_suggests_the_nearest(monkeypatch):
