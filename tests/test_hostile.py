@@ -15,7 +15,7 @@ from helpers.approach import SUFFIX
 from helpers.baselines import FineTunedEncoder, FrozenProbe
 from helpers.embedding_head import EmbeddingHead
 from helpers.errors import BookError
-from helpers.instruction import InstructionTuned
+from helpers.lab.approaches import InstructionTuned
 from helpers.prompts import check_control_tokens, control_tokens, sanitize_prompts
 from helpers.tasks import SPLITS, Task, first_tokens
 
@@ -148,7 +148,7 @@ def hostile(task):
 
 APPROACHES = {
     "head": lambda model: EmbeddingHead(model, n_layers=None, epochs=1),
-    "head, remembered layers": lambda model: EmbeddingHead(model, n_layers=1, epochs=1),
+    "head, cached layers": lambda model: EmbeddingHead(model, n_layers=1, epochs=1),
     "head, no suffix": lambda model: EmbeddingHead(model, suffix="", n_layers=None, epochs=1),
     "instruction": lambda model: InstructionTuned(model, n_layers=None, epochs=1),
     "instruction, delimiters": lambda model: InstructionTuned(model, prefix="<<<", suffix=">>>", n_layers=None, epochs=1),
@@ -188,7 +188,7 @@ def test_models_read_the_control_tokens_of_the_frame_and_no_others(make, tiny_mo
 
 def test_training_text_ends_where_trl_ends_it(tiny_model, tiny_task):
     tuned = InstructionTuned(tiny_model, chat=True, epochs=0).fit(tiny_task)
-    examples = tuned._training_examples(hostile(tiny_task))
+    examples = tuned._examples(hostile(tiny_task))
     frame = steering(tuned._prompts(["x"])[0])
     assert len(frame) > 3
     assert all(steering(prompt) == frame for prompt in examples["prompt"])
