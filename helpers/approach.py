@@ -36,8 +36,7 @@ class Approach:
     """A classifier of text, with scikit-learn's manners.
 
     `fit` or `load` give it `labels`, in the order of the columns of probabilities, and `multi_label` (several a document).
-    Subclasses are dataclasses of their settings, with `_fit(task)`, `_predict_proba(texts, batch_size)`, `_save(folder)` and
-    `_load(folder)`.
+    Subclasses are dataclasses of settings with `_fit(task)`, `_predict_proba(texts, batch_size)`, `_save(folder)`, `_load(…)`.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Approach:
     trainable_parameters: int = 0
 
     def fit(self, task: Task) -> Self:
-        """Train on `task.train`; nothing of validation or test is looked at.
+        """Train on `task.train`; nothing is learned from validation or test.
 
         Raises:
             BookError: what the approach cannot learn from, such as a document that is longer than its model takes.
@@ -68,7 +67,7 @@ class Approach:
             return self._predict_proba(texts, batch_size)
 
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
-        """`predict_proba` for `documents`, which has the columns `text` and `label`, with the gold labels and the cost.
+        """`predict_proba` for `documents` (columns `text`, `label`), with gold labels and cost; groups are the caller's to add.
 
         Raises:
             BookError: a column is missing, or as `predict_proba`.
@@ -142,7 +141,8 @@ class Approach:
 class LoraApproach(Approach):
     """An approach that trains an adapter on a causal base model: `EmbeddingHead` or `InstructionTuned`.
 
-    The defaults of rank, learning rate and epochs were chosen on validation documents of BBC News, 32 per class.
+    Subclasses also have `_load_base() -> (model, tokenizer)` and `_prompts(texts)`. Rank and learning rate were chosen on
+    validation documents of BBC News, 32 per class.
     """
 
     base_model: str = base_models.DEFAULT
@@ -155,7 +155,7 @@ class LoraApproach(Approach):
     seed: int = 0
     checkpoints: str | None = None  # a folder that gets one after every epoch, from which a stopped training goes on
 
-    model: ClassVar[PeftModel | PreTrainedModel]
+    model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
 
     def __post_init__(self) -> None:

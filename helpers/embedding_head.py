@@ -72,7 +72,7 @@ def train_classifier(
     loss: Callable | None = None,
     **options,
 ) -> None:
-    """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, linear decay after a tenth of warm-up.
+    """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, a tenth of warm-up, then linear decay.
 
     Args:
         gold: label numbers; for a multi-label model lists of zeros and ones.
@@ -98,7 +98,7 @@ def train_classifier(
 class EmbeddingHead(LoraApproach):
     """Text + suffix → last token's embedding → linear head; head and LoRA are trained together.
 
-    Takes single- and multi-label tasks. What lies below the adapters is computed once a document (`frozen_layers`).
+    Takes single- and multi-label tasks. What lies below the adapters is computed once per document (`frozen_layers`).
 
     Attributes:
         probe_init: start the head from the frozen probe (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054)

@@ -91,7 +91,7 @@ def measure() -> Iterator[SimpleNamespace]:
     The peak is in bytes, on a GPU of tensors, on a CPU of the whole process, which only Linux tells (None elsewhere).
     """
     global _peak_so_far
-    around, _peak_so_far = max(_peak_so_far, _take_peak()), 0
+    outer_peak, _peak_so_far = max(_peak_so_far, _take_peak()), 0  # reading the peak resets it
     cost = SimpleNamespace(seconds=0.0, peak_memory=None)
     start = time.perf_counter()
     try:
@@ -99,7 +99,7 @@ def measure() -> Iterator[SimpleNamespace]:
     finally:
         peak = max(_peak_so_far, _take_peak())
         cost.seconds, cost.peak_memory = time.perf_counter() - start, peak or None
-        _peak_so_far = max(around, peak)
+        _peak_so_far = max(outer_peak, peak)
 
 
 def _take_peak() -> int:
@@ -178,7 +178,7 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
 
 
 def pool(results: Sequence[Predictions]) -> Predictions:
-    """One approach's predictions of several seeds as if of one; a document of several test sets needs the same group in all."""
+    """Join the predictions of several seeds. A document that is in several test sets must have the same group in each."""
     grouped = all(each.groups is not None for each in results)
     return replace(
         results[0],

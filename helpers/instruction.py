@@ -51,7 +51,7 @@ def float32_adapters(model: torch.nn.Module) -> None:
 
 @dataclass
 class InstructionTuned(LoraApproach):
-    """Text + suffix → label as text, trained with SFTTrainer on the label's tokens alone, read by scoring labels.
+    """Text + suffix → label as text, trained with SFTTrainer on label and end of sequence alone, read by scoring labels.
 
     In a multi-label task the text is the list of the document's labels (chapter 07). `epochs=0` scores the model as it comes.
 

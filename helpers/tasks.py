@@ -136,7 +136,7 @@ def first_words(n: int) -> Callable[[str], str]:
 def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], str]:
     """A `shorten` that keeps the first `n` tokens of `tokenizer`.
 
-    It cuts the text and not the model's input: every approach reads the same words, and what comes behind them stays whole.
+    It shortens the document, not the finished prompt: all approaches read the same words, and the suffix is never cut off.
     """
 
     def shorten(text: str) -> str:  # control tokens in it are text
