@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +210,8 @@ def run_workers(to_do, workers, *arguments):
         rows = ray.data.from_items(files, override_num_blocks=len(files))
         rows.context.enable_progress_bars = False
         rows.context.wait_for_min_actors_s = START
+        # retries and restarts have no parameters of their own in Ray 2.60
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         try:
             return rows.map_batches(
                 Classifier,
