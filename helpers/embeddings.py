@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers import prompts
 from helpers.errors import unknown_name
 
-C = 0.1  # of the probes: inverse strength of their penalty, as scikit-learn has it
+C = 0.1  # of the probes
 
 
 @torch.inference_mode()
@@ -49,17 +49,18 @@ def embed(
     return vectors
 
 
-def fit_probe(embeddings: np.ndarray, gold: np.ndarray) -> LogisticRegression:
+def fit_probe(embeddings: np.ndarray, gold: np.ndarray, C: float = C) -> LogisticRegression:
     """Logistic regression without an intercept, so that its coefficients fit the stock head, which has none.
 
     Args:
         embeddings: shape (n_documents, hidden_size), from `embed`.
         gold: shape (n_documents,); multi-label (n_documents, n_labels), zeros and ones: one regression a label.
+        C: inverse strength of the penalty, as scikit-learn has it.
 
     `coef_` of what comes back has the shape (n_labels, hidden_size), one row a label, also for two labels.
     """
     if gold.ndim == 2:
-        probes = [fit_probe(embeddings, column) if np.ptp(column) else None for column in gold.T]
+        probes = [fit_probe(embeddings, column, C) if np.ptp(column) else None for column in gold.T]
         probe = LogisticRegression(C=C, fit_intercept=False)
         # the two rows of a label's own probe are halves of the same plane; a label that all documents have starts at zero
         probe.coef_ = np.array([np.zeros(embeddings.shape[1]) if one is None else one.coef_[1] - one.coef_[0] for one in probes])

@@ -16,16 +16,17 @@ from helpers.errors import BookError
 class CachedLayers(torch.nn.Module):
     """Stands where the token embedding stood: token ids in, hidden states above the frozen layers out.
 
-    A text's states are computed when it is first seen and kept in main memory, n_tokens · hidden_size numbers a text.
+    A text's states are computed when it is first seen and kept in `states`, n_tokens · hidden_size numbers a text.
     `attention_mask` is that of the next ids, None where nothing is padding.
     """
 
-    def __init__(self, decoder: PreTrainedModel, n_frozen: int) -> None:
+    def __init__(self, decoder: PreTrainedModel, n_frozen: int, states: dict[tuple[int, ...], torch.Tensor]) -> None:
         super().__init__()
+        self.whole = (decoder.embed_tokens, decoder.layers)
         lower = copy.copy(decoder)
         lower._modules = {**decoder._modules, "layers": decoder.layers[:n_frozen].eval(), "norm": torch.nn.Identity()}
         self._lower = (lower,)  # in a tuple, so that its weights are not registered a second time
-        self._states: dict[tuple[int, ...], torch.Tensor] = {}
+        self._states = states
         self.attention_mask: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -52,7 +53,9 @@ class _Skipped(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def cached_lower_layers(model: PreTrainedModel | PeftModel, n_layers: int | None) -> Iterator[None]:
+def cached_lower_layers(
+    model: PreTrainedModel | PeftModel, n_layers: int | None, states: dict[tuple[int, ...], torch.Tensor] | None = None
+) -> Iterator[None]:
     """Within the block, what lies below the upper `n_layers` blocks is computed once for each text; None does nothing.
 
     Losses, gradients and names of adapters are those of the whole model, and after the block it is whole again. Use it around
@@ -61,11 +64,13 @@ def cached_lower_layers(model: PreTrainedModel | PeftModel, n_layers: int | None
     Args:
         model: of Llama's kind (`embed_tokens`, `layers`, `norm`), with LoRA on the upper `n_layers` blocks at most; it may
             also get its adapters within the block. BookError: it is another kind, or has adapters lower down.
+        states: what an earlier block has computed, of the same base model in the same precision under the same `n_layers`; what
+            this block computes is added, (n_tokens, hidden_size) for the token ids of each text.
     """
     if n_layers is None:
         yield
         return
-    decoder = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    decoder = _decoder_of(model)
     other = BookError(f"{type(decoder).__name__} is not built like Llama, so no layer can be computed once. Use n_layers=None.")
     if not all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm")):
         raise other
@@ -76,7 +81,7 @@ def cached_lower_layers(model: PreTrainedModel | PeftModel, n_layers: int | None
         raise BookError(f"There are adapters below the upper {n_layers} layers, so these are not frozen. Use n_layers=None.")
     for module in (embedding, layers[:n_frozen]):
         module.requires_grad_(False)
-    cached = CachedLayers(decoder, n_frozen)
+    cached = CachedLayers(decoder, n_frozen, {} if states is None else states)
 
     def note_padding(_, args, kwargs) -> None:
         cached.attention_mask = kwargs.get("attention_mask")
@@ -96,3 +101,20 @@ def cached_lower_layers(model: PreTrainedModel | PeftModel, n_layers: int | None
     finally:
         hook.remove()
         decoder.embed_tokens, decoder.layers = embedding, layers
+
+
+@contextlib.contextmanager
+def whole_model(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the block, `model` is whole although it stands in a block of `cached_lower_layers`: it can read over a cache."""
+    decoder = _decoder_of(model)
+    cached = decoder.embed_tokens, decoder.layers
+    if isinstance(cached[0], CachedLayers):
+        decoder.embed_tokens, decoder.layers = cached[0].whole
+    try:
+        yield
+    finally:
+        decoder.embed_tokens, decoder.layers = cached
+
+
+def _decoder_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).base_model

@@ -85,7 +85,7 @@ class InstructionTuned(LoraApproach):
             self.model, self.tokenizer = self._load_base()
             self._check_labels()
             if self.epochs:
-                with cached_lower_layers(self.model, self.n_layers):
+                with cached_lower_layers(self.model, self.n_layers, self.lower_states):
                     self._train(task, options)
                 self.trainable_parameters = self.model.num_parameters(only_trainable=True)
         self.model.eval()
@@ -156,6 +156,7 @@ class InstructionTuned(LoraApproach):
             ),
             train_dataset=Dataset.from_dict(examples),
             processing_class=self.tokenizer,
+            callbacks=list(self.callbacks),
             peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers, **self._lora_options()),
         )
         float32_adapters(trainer.model)
@@ -164,8 +165,8 @@ class InstructionTuned(LoraApproach):
                 f"TRL kept {len(trainer.train_dataset)} of {len(whole)} training examples: the others have no "
                 "room for their label. Shorten the documents (`tasks.load(…, shorten=…)`)."
             )
-        run_training(trainer)
         self.model = trainer.model
+        run_training(trainer)
 
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         score = score_label_lists if self.multi_label else score_labels

@@ -83,12 +83,17 @@ def fast_products() -> Iterator[None]:
 def start(seed: int = 0) -> Profile:
     """First call of every chapter: seed everything, silence loading bars, print and return the profile."""
     transformers.set_seed(seed)
+    quiet()
+    profile = current()
+    print(profile)
+    return profile
+
+
+def quiet() -> None:
+    """Silence loading bars, and warnings that no reader can do anything about."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     # PEFT 0.21 still calls transformers' checkpointing by its old names; nothing in this book does.
     old = "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated"
     warnings.filterwarnings("ignore", message=old, category=FutureWarning)
-    profile = current()
-    print(profile)
-    return profile

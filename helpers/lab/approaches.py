@@ -18,6 +18,8 @@ from trl import SFTTrainer
 from helpers import base_models, baselines, embedding_head, instruction, prompts, records
 from helpers.embeddings import C, hidden_states
 from helpers.errors import BookError, unknown_name
+from helpers.frozen_layers import whole_model
+from helpers.lab.search import BestEpochOption
 from helpers.label_scoring import score_labels
 from helpers.tasks import Task, texts_of
 
@@ -37,7 +39,7 @@ def bidirectional(model: PreTrainedModel) -> None:
 
 
 @dataclass
-class LoraOptions:
+class LoraOptions(BestEpochOption):
     """Options of both approaches: the `precision` of the base model (`profiles.current`), and more for `LoraConfig` (`lora`)."""
 
     precision: str | None = None
@@ -137,10 +139,11 @@ class InstructionTuned(LoraOptions, instruction.InstructionTuned):
         return weighted if self.prompt_loss_weight else super()._trainer_class()
 
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
-        if not (self.multi_label and self.ask == "questions"):
-            return super()._predict_proba(texts, batch_size)
-        options = {"batch_size": batch_size, "space": self._space}
-        return score_questions(self._prompts(texts), self._words(), self.model, self.tokenizer, **options).numpy()
+        with whole_model(self.model):  # labels are read over a cache of all layers
+            if not (self.multi_label and self.ask == "questions"):
+                return super()._predict_proba(texts, batch_size)
+            options = {"batch_size": batch_size, "space": self._space}
+            return score_questions(self._prompts(texts), self._words(), self.model, self.tokenizer, **options).numpy()
 
 
 def score_questions(
@@ -171,8 +174,8 @@ class FrozenProbe(baselines.FrozenProbe):
         if self.pooling == "attention":
             self.trainable_parameters += self.probe.query.size
 
-    def _fit_probe(self, features, gold: np.ndarray):
-        return AttentionProbe.fit(features, gold) if self.pooling == "attention" else super()._fit_probe(features, gold)
+    def _fit_probe(self, features, gold: np.ndarray, C: float):
+        return AttentionProbe.fit(features, gold, C) if self.pooling == "attention" else super()._fit_probe(features, gold, C)
 
     def _features(self, texts: list[str]) -> np.ndarray | list[np.ndarray]:
         if self.pooling != "attention":
@@ -196,7 +199,7 @@ class AttentionProbe:
     coef_: np.ndarray  # (n_labels, hidden_size), as of `fit_probe`
 
     @classmethod
-    def fit(cls, states: list[np.ndarray], gold: np.ndarray) -> "AttentionProbe":
+    def fit(cls, states: list[np.ndarray], gold: np.ndarray, C: float = C) -> "AttentionProbe":
         """Fit both with L-BFGS under the penalty of `fit_probe`; `states` has a (n_tokens, hidden_size) for each text."""
         padded, mask = _padded(states)
         multi_label, functional = gold.ndim == 2, torch.nn.functional
@@ -231,7 +234,7 @@ def _pooled(padded: torch.Tensor, mask: torch.Tensor, query: torch.Tensor) -> to
 
 
 @dataclass
-class FineTunedEncoder(baselines.FineTunedEncoder):
+class FineTunedEncoder(BestEpochOption, baselines.FineTunedEncoder):
     """The encoder with its lowest `n_layers` blocks; None for all of them."""
 
     n_layers: int | None = None

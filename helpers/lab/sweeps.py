@@ -6,15 +6,19 @@ import gc
 import hashlib
 import itertools
 import json
+import os
 import platform
 import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +31,10 @@ from safetensors.torch import save as as_bytes
 from sklearn.model_selection import ParameterGrid
 from tqdm.auto import tqdm
 
-from helpers import base_models, corpora, profiles, records, tasks
+from helpers import base_models, corpora, downloads, profiles, records, tasks
 from helpers.errors import BookError, unknown_name
 from helpers.evaluation import Predictions, evaluate, measure
+from helpers.lab import search
 from helpers.lab.approaches import APPROACHES
 
 Sources = Mapping[str, corpora.Source]
@@ -78,9 +83,9 @@ def append(path: str | Path, record: dict) -> bool:
         before = records.read(path)
         if any(record["key"] == each["key"] for each in before):
             return False
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[: len(before)] if before else []
         written = path.with_name(f"{path.name}.tmp")
-        lines = (json.dumps(each, ensure_ascii=False) + "\n" for each in [*before, record])
-        written.write_text("".join(lines), encoding="utf-8")
+        written.write_text("".join(f"{line}\n" for line in [*lines, json.dumps(record, ensure_ascii=False)]), encoding="utf-8")
         written.replace(path)
     return True
 
@@ -112,8 +117,15 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
     """Make one run and return its record, with those on validation and `CONTENT_FREE` texts if the key says `validation`."""
     give_back_memory()  # so that the peak is that of this run
     made_with, task = provenance(), load_task(key, sources)  # what can go wrong does so before the training
+    kind, folder, searched = APPROACHES[key["approach"]], _search_folder(key), {}
     with measure() as training:
-        approach = APPROACHES[key["approach"]](**key["settings"]).fit(task)
+        if searching(key):
+            approach, tried = search.search(kind, key["settings"], task, folder)
+            searched = {"chosen": max(tried, key=search.rank), "tried": tried}
+            for line in search.warnings(task, searching(key), tried):
+                print(f"{records.title(key)}: {line}", file=sys.stderr)
+        else:
+            approach = kind(**key["settings"]).fit(task)
     if save is not None:
         approach.save(save)
     found = replace(approach.predict(task.test), test_set=test_set(task), groups=np.array(groups_of(task)))
@@ -132,14 +144,26 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
         "cost": cost,
         "provenance": made_with,
         "groups": found.groups.tolist(),
+        **searched,
         **_written(found),
         **{name: _written(approach.predict(documents)) for name, documents in asked.items()},
     }
-    return record | {"metrics": evaluate(records.predictions_of(record))}  # of what is recorded, rounded as it is
+    return record | {"metrics": evaluate(records.predictions_of(records.unpacked(record)))}  # of what is recorded
+
+
+def searching(key: dict) -> dict[str, list]:
+    """The settings of a run that are chosen on validation, with the values to try; none if it is of one configuration."""
+    return {name: value for name, value in key["settings"].items() if isinstance(value, list)}
+
+
+def _search_folder(key: dict) -> Path:
+    """Where a search that was stopped goes on; it goes when the run is recorded."""
+    fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return downloads.cache_folder() / "searches" / fingerprint
 
 
 def _written(predictions: Predictions) -> dict:
-    return {"gold": predictions.gold.tolist(), "probabilities": predictions.probabilities.round(5).tolist()}
+    return {"gold": predictions.gold.tolist(), "probabilities": records.packed(predictions.probabilities)}
 
 
 def give_back_memory() -> None:
@@ -150,13 +174,17 @@ def give_back_memory() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # in glibc only
 
 
-def keys(sweep: dict, sources: Sources = corpora.TASKS) -> list[dict]:
-    """Every run of a sweep, each once: task by task and seed by seed, all approaches in all their settings.
+def keys(sweep: dict | list[dict], sources: Sources = corpora.TASKS) -> list[dict]:
+    """Every run of a sweep, or of a list of them, each once: task by task and seed by seed, all approaches in all their settings.
 
-    `tasks` and `approaches` are lists of `name: options`; a list as an approach's option is tried value by value. `base_model`
-    is that of every approach that has the book's, and its tokenizer cuts the documents for all approaches alike; `full` is what
-    is different under the full profile; `validation: true`, see `run`. BookError: an unknown or missing name of anything.
+    `tasks` and `approaches` are lists of `name: options`. A list as an approach's option is a run for each value; a list in its
+    option `choose` is one run that tries the values on validation (`search`). `base_model` is that of every approach that has the
+    book's, and its tokenizer cuts the documents for all approaches alike; `full` is what is different under the full profile;
+    `validation: true`, see `run`. BookError: an unknown or missing name of anything.
     """
+    if isinstance(sweep, list):
+        every = {json.dumps(key, sort_keys=True): key for each in sweep for key in keys(each, sources)}
+        return list(every.values())
     profile = profiles.current().name
     sweep = {"validation": False, "base_model": base_models.DEFAULT, "full": {}} | checked(sweep, "entry of a sweep", _SWEEP)
     full = checked(sweep["full"], "entry of `full`", _SWEEP)
@@ -171,7 +199,11 @@ def keys(sweep: dict, sources: Sources = corpora.TASKS) -> list[dict]:
         checked({name: settings}, "approach", APPROACHES)
         defaults = {each.name: each.default for each in fields(APPROACHES[name])}
         options = checked(options, "option of a task", _OPTIONS)
-        settings = checked(settings, f"setting of {name}", defaults)
+        settings = checked(settings, f"setting of {name}", {"choose": None} | defaults)
+        choose = checked(settings.pop("choose", None), f"setting of {name} to choose", defaults)
+        for setting, values in choose.items():
+            if not isinstance(values, list) or not values or setting in settings:
+                raise BookError(f"{name}, choose: {setting} needs a list of values to try, and no value beside it.")
         if "tokens" in options and base_model != base_models.DEFAULT:
             options["tokenizer"] = base_model
         if defaults.get("base_model") == base_models.DEFAULT:
@@ -179,7 +211,8 @@ def keys(sweep: dict, sources: Sources = corpora.TASKS) -> list[dict]:
         settings |= {"seed": seed} if "seed" in defaults else {}
         for one in ParameterGrid({name: value if isinstance(value, list) else [value] for name, value in settings.items()}):
             # all settings, so that a record does not count any more when a default has changed
-            key = {"approach": name, "settings": asdict(APPROACHES[name](**one)), "task": task, "options": options}
+            one = asdict(APPROACHES[name](**one)) | choose
+            key = {"approach": name, "settings": one, "task": task, "options": options}
             key |= {"seed": seed, "profile": profile} | ({"validation": True} if sweep["validation"] else {})
             if key not in found:
                 found.append(key)
@@ -211,10 +244,19 @@ def make(
             continue  # another process made it
         try:
             append(path, run(key, save(key) if save else None, sources))
+            search.clear(_search_folder(key))
         except Exception as error:
             failed.append(f"{records.title(key)}: {type(error).__name__}: {error}")
             tqdm.write(failed[-1], file=sys.stderr)
     return failed
+
+
+def make_in_parallel(to_do: list[dict], path: Path, workers: int) -> list[str]:
+    """`make` in so many processes with one thread each: on a CPU two of them get more done than one with two threads."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
+    with ProcessPoolExecutor(workers, get_context("spawn"), profiles.quiet) as pool:
+        failed = pool.map(make, ([key] for key in to_do), repeat(path), repeat(None), repeat(False))
+        return [line for lines in tqdm(failed, total=len(to_do), unit="run") for line in lines]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -223,6 +265,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("sweep", type=Path, help="a YAML file; the records go beside it, as .jsonl")
     parser.add_argument("--out", type=Path, help="the records' file, if it is another one")
     parser.add_argument("--list", action="store_true", help="only say what is recorded and what is not")
+    usual = min(2, os.cpu_count() or 1) if profiles.current().device == "cpu" else 1
+    parser.add_argument("--workers", type=int, default=usual, help="processes, one thread each (here %(default)s)")
     given = parser.parse_args(arguments)
     path = given.out or given.sweep.with_suffix(".jsonl")
     try:
@@ -232,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.list:
             print(*(f"not yet run: {records.title(key)}" for key in to_do), sep="\n")
             return
-        failed = make(to_do, path)
+        failed = make_in_parallel(to_do, path, given.workers) if given.workers > 1 else make(to_do, path)
     except BookError as error:
         sys.exit(str(error))
     if failed:
