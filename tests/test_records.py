@@ -84,10 +84,10 @@ def test_two_records_of_one_run_are_refused(tmp_path, record):
 def test_a_record_from_before_a_setting_counts_with_the_default_that_it_was_introduced_with(tmp_path, record, monkeypatch):
     del record["key"]["settings"]["C"]
     path = written(tmp_path / "older.jsonl", record)
-    assert records.read(path)[0]["key"]["settings"] == {"C": 1.0, "name": "SVM"}
-    monkeypatch.setattr(APPROACHES["TfidfSvm"].__init__, "__defaults__", (3.0, "another name"))  # today's defaults
+    assert records.read(path)[0]["key"]["settings"] == {"C": 1.0, "analyzer": "word", "name": "SVM"}
+    monkeypatch.setattr(APPROACHES["TfidfSvm"].__init__, "__defaults__", (3.0, "char_wb", "another name"))  # today's defaults
     assert asdict(APPROACHES["TfidfSvm"]())["C"] == 3.0
-    assert records.read(path)[0]["key"]["settings"] == {"C": 1.0, "name": "SVM"}
+    assert records.read(path)[0]["key"]["settings"] == {"C": 1.0, "analyzer": "word", "name": "SVM"}
 
 
 def test_defaults_are_not_shared_between_records(tmp_path, record):
@@ -120,7 +120,7 @@ def test_renamed_approaches_and_settings_are_read_by_their_new_names(tmp_path, r
     path = written(tmp_path / "old.jsonl", record)
     monkeypatch.setattr(records, "RENAMED", {"TfidfSvm": "WordCounts", "TfidfSvm.C": "strength", "TfidfSvm.name": None})
     key = records.read(path)[0]["key"]
-    assert (key["approach"], key["settings"]) == ("WordCounts", {"strength": 0.5}) and key["seed"] == 3
+    assert (key["approach"], key["settings"]) == ("WordCounts", {"strength": 0.5, "analyzer": "word"}) and key["seed"] == 3
 
 
 def test_records_are_read_without_the_lab_or_any_approach():

@@ -31,7 +31,7 @@ SMALL = {"tasks": ["bbc"], "seeds": [0], "approaches": ["Majority"]}
 def sweep(tmp_path_factory):
     path = tmp_path_factory.mktemp("sweep") / "small.yaml"
     path.write_text(SWEEP)
-    sweeps.main([str(path)])
+    sweeps.main([str(path), "--workers", "1"])
     return path
 
 
@@ -55,6 +55,16 @@ def test_a_sweep_records_every_approach_on_every_seed_once(sweep, made, capsys):
     sweeps.main([str(sweep)])
     assert sweep.with_suffix(".jsonl").read_bytes() == before
     assert "all 4 runs are recorded" in capsys.readouterr().out
+
+
+def test_two_processes_make_the_same_records(sweep, made, tmp_path):
+    sweeps.main([str(sweep), "--out", str(tmp_path / "again.jsonl"), "--workers", "2"])
+    again = records.read(tmp_path / "again.jsonl")
+    assert sorted(map(seen, again)) == sorted(map(seen, made)) and len(again) == 4
+
+
+def seen(record):
+    return json.dumps([record["key"], record["probabilities"], record["metrics"]])
 
 
 def test_a_record_gives_back_what_the_approach_predicted(made):
@@ -102,7 +112,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(TfidfSvm, "fit", fit)
     with pytest.raises(SystemExit, match="2 of 4 runs failed; the others are recorded"):
-        sweeps.main([str(tmp_path / "small.yaml")])
+        sweeps.main([str(tmp_path / "small.yaml"), "--workers", "1"])
     assert [each["key"]["approach"] for each in records.read(tmp_path / "small.jsonl")] == ["Majority", "Majority"]
     assert "TfidfSvm(C=0.5) seed 1: MemoryError: not enough" in capsys.readouterr().err
 
@@ -237,7 +247,7 @@ def test_mistakes_in_a_sweep_are_named_before_anything_runs(change, words):
 
 @pytest.mark.parametrize(
     "content, words",
-    [("a: [", "cannot be read as YAML"), ("- a", "is written as `name: value`, not ['a']"), (None, "cannot be read")],
+    [("a: [", "cannot be read as YAML"), ("- a", "is written as `name: value`, not 'a'"), (None, "cannot be read")],
 )
 def test_a_file_that_is_no_sweep_is_refused_in_one_line(tmp_path, content, words):
     if content is not None:
@@ -328,7 +338,7 @@ def test_validation_and_content_free_texts_are_recorded_where_the_sweep_asks(tin
     monkeypatch.setattr(sweeps, "load_task", lambda key, sources: tiny_task)
     approach = {"InstructionTuned": {"base_model": tiny_model, "epochs": 0}}
     (key,) = sweeps.keys({**SMALL, "approaches": [approach], "validation": True})
-    record = json.loads(json.dumps(sweeps.run(key)))
+    record = records.unpacked(json.loads(json.dumps(sweeps.run(key))))
     expected = APPROACHES["InstructionTuned"](tiny_model, epochs=0).fit(tiny_task).predict(tiny_task.validation)
     found = records.validation_of(record)
     assert found.gold.tolist() == tiny_task.validation["label"]

@@ -19,7 +19,7 @@ from helpers.tasks import Task
 
 BEYOND = 3  # so many values at most are tried outside of a grid whose best one lies at its edge
 _OF_LOWER = ("base_model", "n_layers", "precision", "causal")  # settings that the lower layers' states depend on
-VALIDATIONS = 6  # at most in one training
+VALIDATIONS = 4  # at most in one training
 FEW = 100  # validation documents; with fewer, one document is more than a point of accuracy
 
 
