@@ -17,7 +17,8 @@ class CachedLayers(torch.nn.Module):
     """Stands where the token embedding stood: token ids in, hidden states above the frozen layers out.
 
     A text's states are computed when it is first seen and kept in `states`, n_tokens · hidden_size numbers a text.
-    `attention_mask` is that of the next ids, None where nothing is padding.
+    `attention_mask` is that of the next ids, None where nothing is padding. If it is longer than they are, they go on where the
+    last single text ended, over a key-value cache.
     """
 
     def __init__(self, decoder: PreTrainedModel, n_frozen: int, states: dict[tuple[int, ...], torch.Tensor]) -> None:
@@ -28,19 +29,25 @@ class CachedLayers(torch.nn.Module):
         self._lower = (lower,)  # in a tuple, so that its weights are not registered a second time
         self._states = states
         self.attention_mask: torch.Tensor | None = None
+        self._begun: tuple[int, ...] = ()  # the last single text
 
     @torch.no_grad()
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shape (n_texts, n_tokens) to (n_texts, n_tokens, hidden_size); zeros where there is padding."""
         kept = (torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask).bool().cpu()
-        texts = [tuple(row[where].tolist()) for row, where in zip(input_ids.cpu(), kept, strict=True)]
+        begun, kept = kept.shape[1] - input_ids.shape[1], kept[:, -input_ids.shape[1] :]
+        if begun not in (0, len(self._begun)):
+            raise RuntimeError("Cached layers read on behind one text that all rows share. Use `whole_model` for other caches.")
+        begun = self._begun if begun else ()
+        texts = [begun + tuple(row[where].tolist()) for row, where in zip(input_ids.cpu(), kept, strict=True)]
+        self._begun = texts[0] if len(texts) == 1 and not begun else self._begun
         if new := [text for text in dict.fromkeys(texts) if text not in self._states]:
             (lower,) = self._lower
             rows = [torch.tensor(text) for text in new]
             ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
             states = lower(ids.to(lower.device), attention_mask=mask.to(lower.device), use_cache=False).last_hidden_state.cpu()
             self._states |= {text: state[: len(text)].clone() for text, state in zip(new, states, strict=True)}
-        states = [self._states[text] for text in texts]
+        states = [self._states[text][len(begun) :] for text in texts]
         out = states[0].new_zeros(*input_ids.shape, states[0].shape[-1])
         for row, where, state in zip(out, kept, states, strict=True):
             row[where] = state
@@ -48,7 +55,16 @@ class CachedLayers(torch.nn.Module):
 
 
 class _Skipped(torch.nn.Module):
-    def forward(self, hidden_states: torch.Tensor, **_) -> torch.Tensor:
+    """Stands where a layer stood; in a key-value cache it leaves how many tokens were read, and no more."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None, **_) -> torch.Tensor:
+        if past_key_values is not None:
+            nothing = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            past_key_values.update(nothing, nothing, self.number)
         return hidden_states
 
 
@@ -94,7 +110,7 @@ def cached_lower_layers(
     hook = decoder.register_forward_pre_hook(note_padding, with_kwargs=True)
     try:
         decoder.embed_tokens = cached
-        decoder.layers = torch.nn.ModuleList([*(_Skipped() for _ in range(n_frozen)), *layers[n_frozen:]])
+        decoder.layers = torch.nn.ModuleList([*map(_Skipped, range(n_frozen)), *layers[n_frozen:]])
         if not torch.allclose(sample(), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             raise other  # some models scale their embeddings, for one
         yield

@@ -33,13 +33,15 @@ class LabelTokensTrainer(SFTTrainer):
         is_label = inputs["labels"][:, 1:] != -100
         columns = is_label.any(0).nonzero().squeeze(1)  # positions at which some row has a label to predict
         is_label = is_label[:, columns]
-        logits = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=columns, use_cache=False
-        ).logits[is_label]
+        logits = self.logits_at(columns, model, inputs["input_ids"], inputs["attention_mask"])[is_label]
         labels = inputs["labels"][:, 1:][:, columns][is_label]
         total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
         loss = total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def logits_at(self, columns: torch.Tensor, model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Shape (n_texts, len(columns), n_tokens_known): what follows these positions."""
+        return model(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=columns, use_cache=False).logits
 
 
 def float32_adapters(model: torch.nn.Module) -> None:

@@ -18,7 +18,7 @@ from helpers.errors import BookError
 
 _ROWS = 128  # (prompt, branch) pairs in one forward pass
 NO_LABEL = "none"  # what a list says of a document without labels
-_SHORTEST_PREFIX = 8  # tokens; less is not worth a cache
+SHORTEST_PREFIX = 8  # tokens; less is not worth a cache
 
 
 def label_tokens(
@@ -107,7 +107,7 @@ def score_labels(
     encoded = tokenizer(prompts).input_ids
     shared = os.path.commonprefix([text[:-1] for text in encoded]) if len(prompts) > 1 else []
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if len(shared) < _SHORTEST_PREFIX or (window and max(map(len, encoded)) >= window):
+    if len(shared) < SHORTEST_PREFIX or (window and max(map(len, encoded)) >= window):
         shared = []  # padding between it and the text would use up places in a sliding window
     if shared:
         prefix = model(torch.tensor([shared], device=model.device), use_cache=True, logits_to_keep=1).past_key_values

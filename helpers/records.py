@@ -39,7 +39,7 @@ def read(path: str | Path) -> list[dict]:
         try:
             record = json.loads(line)
             record["key"] = _migrated(record["key"])
-            record = unpacked(record)
+            record = unpack(record)
         except (ValueError, TypeError, KeyError, zlib.error) as error:
             if number > len(lines):
                 print(f"{path}: the last line is torn and left out; its run will be made again.", file=sys.stderr)
@@ -64,18 +64,37 @@ def _migrated(key: dict) -> dict:
     return key | {"approach": RENAMED.get(approach, approach), "settings": settings}
 
 
-def packed(probabilities: np.ndarray) -> str:
-    """Probabilities as a record's line holds them: in steps of 1/65,535, compressed, as text (base 85)."""
-    return base64.b85encode(zlib.compress(np.round(probabilities * 65535).astype("<u2").tobytes(), 9)).decode()
-
-
-def unpacked(record: dict) -> dict:
-    """A record with lists for its packed probabilities, a row for each document, also those on validation."""
-    record = {name: unpacked(value) if isinstance(value, dict) else value for name, value in record.items()}
-    if isinstance(record.get("probabilities"), str):
-        steps = np.frombuffer(zlib.decompress(base64.b85decode(record["probabilities"])), "<u2")
-        record["probabilities"] = (steps.reshape(len(record["gold"]), -1) / 65535).tolist()
+def pack(record: dict) -> dict:
+    """A record as a file holds it: five digits of each probability, and the groups, compressed, as text (base 85)."""
+    record = {name: pack(value) if isinstance(value, dict) and "gold" in value else value for name, value in record.items()}
+    digits = np.round(np.array(record["probabilities"]) * 100_000).astype("<u4")
+    planes = digits.view(np.uint8).reshape(-1, 4).T[:3]  # the lowest bytes of all numbers, then the next: alike beside alike
+    record["probabilities"] = _compressed(planes.tobytes())
+    if record.get("groups"):
+        record["groups"] = _compressed(bytes.fromhex("".join(record["groups"])))
     return record
+
+
+def unpack(record: dict) -> dict:
+    """What `pack` was given: lists, of a row for each document. A record that is not packed stays as it is."""
+    record = {name: unpack(value) if isinstance(value, dict) and "gold" in value else value for name, value in record.items()}
+    n_documents = len(record.get("gold", []))
+    if isinstance(record.get("probabilities"), str):
+        planes = np.frombuffer(_expanded(record["probabilities"]), np.uint8).reshape(3, -1).astype(int)
+        digits = planes[0] + 256 * planes[1] + 65_536 * planes[2]
+        record["probabilities"] = (digits / 100_000).reshape(n_documents, -1).tolist()
+    if isinstance(record.get("groups"), str):
+        fingerprints = _expanded(record["groups"]).hex()
+        record["groups"] = [fingerprints[8 * row : 8 * row + 8] for row in range(n_documents)]
+    return record
+
+
+def _compressed(content: bytes) -> str:
+    return base64.b85encode(zlib.compress(content, 9)).decode()
+
+
+def _expanded(text: str) -> bytes:
+    return zlib.decompress(base64.b85decode(text))
 
 
 def title(key: dict) -> str:
@@ -87,7 +106,7 @@ def title(key: dict) -> str:
 
 
 def predictions_of(record: dict) -> Predictions:
-    """A record's predictions; its probabilities are right to 1e-5."""
+    """A record's predictions; its probabilities are those to five digits."""
     cost = {field.name: record["cost"][field.name] for field in fields(Predictions) if field.name in record["cost"]}
     probabilities, gold = np.array(record["probabilities"]), np.array(record["gold"])
     if gold.ndim == 1:

@@ -14,7 +14,9 @@ from helpers.embedding_head import EmbeddingHead, float32_head, load_classifier,
 from helpers.embeddings import embed, fit_probe
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
+from helpers.frozen_layers import cached_lower_layers
 from helpers.instruction import InstructionTuned, LabelTokensTrainer
+from helpers.lab.approaches import SharedPrefixTrainer
 from helpers.label_scoring import label_tokens, score_labels
 from helpers.tasks import SPLITS, Task
 
@@ -339,14 +341,28 @@ def test_documents_that_the_trainer_drops_are_an_error(monkeypatch, tiny_model, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("counted", [None, 100])
-def test_faster_trainer_has_the_loss_and_the_gradients_of_the_stock_one(tiny_model, tiny_task, tokenizer, tmp_path, counted):
+INSTRUCTION = "Say what this is about, sports or money or tech. The text is: "
+
+
+@pytest.mark.parametrize(
+    "faster, before, cached, counted",
+    [
+        (LabelTokensTrainer, "", False, None),
+        (LabelTokensTrainer, "", False, 100),
+        (SharedPrefixTrainer, "", False, None),
+        (SharedPrefixTrainer, INSTRUCTION, False, 100),
+        (SharedPrefixTrainer, INSTRUCTION, True, None),
+    ],
+)
+def test_faster_trainers_have_the_loss_and_the_gradients_of_the_stock_one(
+    tiny_model, tiny_task, tokenizer, tmp_path, faster, before, cached, counted
+):
     examples = {
-        "prompt": [text + SUFFIX for text in tiny_task.train["text"]],
+        "prompt": [before + text + SUFFIX for text in tiny_task.train["text"]],
         "completion": [" " + tiny_task.labels[label] for label in tiny_task.train["label"]],
     }
     losses, gradients = [], []
-    for trainer_class in (SFTTrainer, LabelTokensTrainer):
+    for trainer_class in (SFTTrainer, faster):
         set_seed(0)
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
         trainer = trainer_class(
@@ -364,8 +380,9 @@ def test_faster_trainer_has_the_loss_and_the_gradients_of_the_stock_one(tiny_mod
         trainer.model.train()
         batch = trainer.data_collator(list(trainer.train_dataset)[:8])
         n_items = None if counted is None else torch.tensor(counted)
-        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=n_items)
-        loss.backward()
+        with cached_lower_layers(trainer.model, 1 if cached and trainer_class is faster else None):
+            loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=n_items)
+            loss.backward()
         losses.append(loss.item())
         gradients.append({name: value.grad for name, value in learned.items()})
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)

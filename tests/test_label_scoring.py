@@ -125,7 +125,7 @@ def test_labels_of_one_token_need_no_cache_and_no_second_pass(flat, tokenizer, m
 def test_a_shared_beginning_is_read_once_and_changes_nothing(prompts, labels, flat, tokenizer, monkeypatch):
     labels = LABELS[labels]
     cached = score_labels(prompts, labels, flat, tokenizer, tolerance=0)
-    monkeypatch.setattr(label_scoring, "_SHORTEST_PREFIX", 10_000)
+    monkeypatch.setattr(label_scoring, "SHORTEST_PREFIX", 10_000)
     assert torch.allclose(cached, score_labels(prompts, labels, flat, tokenizer, tolerance=0), atol=1e-4)
     assert torch.allclose(cached.double(), reference(prompts, labels, flat, tokenizer), atol=1e-3, rtol=1e-4)
 

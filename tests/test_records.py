@@ -169,3 +169,25 @@ def test_records_as_a_table(record, options, task):
     assert table["task"].tolist() == [task, task] and table["approach"].tolist() == ["SVM", "SVM"]
     assert np.isnan(table["rank"][0]) and table["rank"][1] == 8
     assert table[["accuracy", "seconds", "seed"]].values.tolist() == [[1.0, 2.0, 3]] * 2 and table["record"][0] is record
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1, 66), (4, 2)])
+def test_a_packed_record_comes_back_as_it_was(shape):
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(shape[1]), shape[0]).round(5)
+    probabilities[0] = np.eye(shape[1])[0]
+    part = {"gold": [0] * shape[0], "probabilities": probabilities.tolist()}
+    whole = {
+        **part,
+        "groups": ["00ab34cd", "ffffffff", "00000000", "1" * 8][: shape[0]],
+        "validation": part,
+        "key": {"seed": 1},
+    }
+    packed = json.dumps(records.pack(whole))
+    assert records.unpack(json.loads(packed)) == whole and len(packed) < len(json.dumps(whole))
+    assert records.unpack(whole) == whole  # of the time before they were packed
+
+
+def test_the_books_records_are_packed_and_small():
+    paths = [path for path in RESULTS.iterdir() if path.suffix == ".jsonl"]
+    assert sum(path.stat().st_size for path in paths) < 15e6
+    assert not [path.name for path in paths if '"probabilities": [' in path.read_text(encoding="utf-8")]

@@ -1,6 +1,5 @@
 """Each approach at its own best: grids that grow, the best epoch, searches that were stopped, and what they leave behind."""
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +35,9 @@ def test_a_grid_grows_where_its_best_value_lies_at_an_edge(scores, beyond):
 
 
 def test_a_grid_grows_for_the_best_of_the_other_settings_only():
-    tried = [row(score, C=C, kind=kind) for C, kind, score in [(1.0, "a", 0.5), (2.0, "a", 0.6), (1.0, "b", 0.4), (2.0, "b", 0.3)]]
+    tried = [
+        row(score, C=C, kind=kind) for C, kind, score in [(1.0, "a", 0.5), (2.0, "a", 0.6), (1.0, "b", 0.4), (2.0, "b", 0.3)]
+    ]
     assert search.at_edge({"C": [1.0, 2.0], "kind": ["a", "b"]}, tried) == {"C": {"C": 4.0, "kind": "a"}}
 
 
@@ -191,7 +192,7 @@ def test_a_sweep_records_what_was_tried_and_what_was_chosen(tmp_path, capsys):
     assert records.validation_of(tuned).probabilities.shape == (20, 5)
     assert "20 validation documents are few" in capsys.readouterr().err
     again = {**tuned["key"], "settings": tuned["key"]["settings"] | tuned["chosen"]["settings"]}
-    again = records.unpacked(sweeps.run(again))
+    again = sweeps.run(again)
     assert again["probabilities"] == tuned["probabilities"] and again["metrics"] == tuned["metrics"]
 
 
@@ -206,12 +207,3 @@ def test_a_setting_is_given_or_chosen_and_not_both():
     sweep = {"tasks": ["bbc"], "seeds": [0], "approaches": [{"TfidfSvm": {"C": 1.0, "choose": {"C": [1.0, 2.0]}}}]}
     with pytest.raises(BookError, match="no value beside it"):
         sweeps.keys(sweep)
-
-
-@pytest.mark.parametrize("shape", [(3, 5), (1, 66), (4, 2)])
-def test_packed_probabilities_come_back_to_a_hundred_thousandth(shape):
-    probabilities = np.random.default_rng(0).dirichlet(np.ones(shape[1]), shape[0])
-    record = {"gold": [0] * shape[0], "probabilities": records.packed(probabilities)}
-    record = json.loads(json.dumps({**record, "validation": record}))
-    for part in (records.unpacked(record), records.unpacked(record)["validation"]):
-        assert np.abs(np.array(part["probabilities"]) - probabilities).max() < 1e-5

@@ -12,7 +12,7 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from helpers import base_models, baselines, embedding_head, instruction, prompts, records
@@ -20,7 +20,7 @@ from helpers.embeddings import C, hidden_states
 from helpers.errors import BookError, unknown_name
 from helpers.frozen_layers import whole_model
 from helpers.lab.search import BestEpochOption
-from helpers.label_scoring import score_labels
+from helpers.label_scoring import SHORTEST_PREFIX, score_labels
 from helpers.tasks import Task, texts_of
 
 RESULTS = Path(__file__).parents[2] / "book" / "results"
@@ -75,6 +75,22 @@ class PromptLossTrainer(instruction.LabelTokensTrainer):
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         loss = (losses * weights).sum() / weights.sum()
         return (loss, {"logits": logits}) if return_outputs else loss
+
+
+class SharedPrefixTrainer(instruction.LabelTokensTrainer):
+    """SFTTrainer that reads what all prompts of a batch begin with, an instruction, once: the same loss and gradients."""
+
+    def logits_at(self, columns: torch.Tensor, model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """As `LabelTokensTrainer.logits_at`."""
+        alike = (input_ids == input_ids[0]).all(0)[: columns[0]]
+        n = int(alike.long().cumprod(0).sum())
+        if n < SHORTEST_PREFIX:
+            return super().logits_at(columns, model, input_ids, attention_mask)
+        cache = DynamicCache(config=model.config)
+        model(input_ids=input_ids[:1, :n], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(input_ids))
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": columns - n}
+        return model(input_ids=input_ids[:, n:], attention_mask=attention_mask, **options).logits
 
 
 @dataclass
@@ -136,7 +152,8 @@ class InstructionTuned(LoraOptions, instruction.InstructionTuned):
 
     def _trainer_class(self) -> type[SFTTrainer]:
         weighted = type("WeightedTrainer", (PromptLossTrainer,), {"prompt_loss_weight": self.prompt_loss_weight})
-        return weighted if self.prompt_loss_weight else super()._trainer_class()
+        usual = super()._trainer_class()
+        return weighted if self.prompt_loss_weight else SharedPrefixTrainer if usual is instruction.LabelTokensTrainer else usual
 
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         with whole_model(self.model):  # labels are read over a cache of all layers

@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +19,7 @@ from dataclasses import asdict, fields, replace
 from datetime import date
 from importlib.metadata import version
 from itertools import repeat
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,13 @@ def append(path: str | Path, record: dict) -> bool:
             return False
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[: len(before)] if before else []
         written = path.with_name(f"{path.name}.tmp")
-        written.write_text("".join(f"{line}\n" for line in [*lines, json.dumps(record, ensure_ascii=False)]), encoding="utf-8")
+        written.write_text("".join(f"{line}\n" for line in [*lines, _line(record)]), encoding="utf-8")
         written.replace(path)
     return True
+
+
+def _line(record: dict) -> str:
+    return json.dumps(records.pack(record) if "probabilities" in record else record, ensure_ascii=False)
 
 
 def load_task(key: dict, sources: Sources = corpora.TASKS) -> tasks.Task:
@@ -148,7 +153,7 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
         **_written(found),
         **{name: _written(approach.predict(documents)) for name, documents in asked.items()},
     }
-    return record | {"metrics": evaluate(records.predictions_of(records.unpacked(record)))}  # of what is recorded
+    return record | {"metrics": evaluate(records.predictions_of(record))}  # of what is recorded, rounded as it is
 
 
 def searching(key: dict) -> dict[str, list]:
@@ -163,7 +168,7 @@ def _search_folder(key: dict) -> Path:
 
 
 def _written(predictions: Predictions) -> dict:
-    return {"gold": predictions.gold.tolist(), "probabilities": records.packed(predictions.probabilities)}
+    return {"gold": predictions.gold.tolist(), "probabilities": predictions.probabilities.round(5).tolist()}
 
 
 def give_back_memory() -> None:
@@ -254,9 +259,14 @@ def make(
 def make_in_parallel(to_do: list[dict], path: Path, workers: int) -> list[str]:
     """`make` in so many processes with one thread each: on a CPU two of them get more done than one with two threads."""
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started
-    with ProcessPoolExecutor(workers, get_context("spawn"), profiles.quiet) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker) as pool:
         failed = pool.map(make, ([key] for key in to_do), repeat(path), repeat(None), repeat(False))
         return [line for lines in tqdm(failed, total=len(to_do), unit="run") for line in lines]
+
+
+def _begin_worker() -> None:
+    profiles.quiet()
+    threading.Thread(target=lambda: parent_process().join() or os._exit(1), daemon=True).start()  # no work without a parent
 
 
 def main(arguments: list[str] | None = None) -> None:
