@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -54,7 +54,7 @@ class Approach:
         self.labels, self.multi_label = task.labels, task.multi_label
         with measure() as cost, profiles.fast_products():
             self._fit(task)
-        self.training_seconds = cost.seconds
+        self.training_seconds = cost.seconds if self.trainable_parameters else 0.0
         return self
 
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
@@ -157,7 +157,7 @@ class LoraApproach(Approach):
 
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
-    callbacks: ClassVar[tuple[TrainerCallback, ...]] = ()  # for the Trainer
+    callbacks: ClassVar[Sequence[TrainerCallback]] = ()  # for the Trainer
     lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them
 
     def __post_init__(self) -> None:

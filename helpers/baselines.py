@@ -140,9 +140,10 @@ class FineTunedEncoder(Approach):
         options = {"num_labels": len(task.labels)} | self._model_options()
         self.model = base_models.load(self.base_model, AutoModelForSequenceClassification, "float32", **options)
         settings = {"learning_rate": self.learning_rate, "num_train_epochs": self.epochs, "seed": self.seed}
-        settings |= {"per_device_train_batch_size": self.batch_size, "precision": "float32", "loss": self._loss}
+        settings |= {"per_device_train_batch_size": self.batch_size, "precision": "float32"}
+        settings |= {"trainer": {"compute_loss_func": self._loss, "callbacks": [*self.callbacks]}}
         with resumable(None, {}) as scratch:
-            train_classifier(self.model, self.tokenizer, texts, targets, callbacks=self.callbacks, **settings, **scratch)
+            train_classifier(self.model, self.tokenizer, texts, targets, **settings, **scratch)
         self.model.eval()
         self.trainable_parameters = self.model.num_parameters(only_trainable=True)
 

@@ -3,7 +3,6 @@
 Chapters 00 and 04 build it in plain cells; this is the same in one call.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +16,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -70,8 +68,7 @@ def train_classifier(
     gold: list,
     *,
     precision: str | None = None,
-    loss: Callable | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    trainer: dict | None = None,
     **options,
 ) -> None:
     """Train what is trainable in `model` in place with the stock `Trainer`: AdamW, a tenth of warm-up, then linear decay.
@@ -79,18 +76,17 @@ def train_classifier(
     Args:
         gold: label numbers; for a multi-label model lists of zeros and ones.
         precision: of the base model, see `profiles.current`; where its dtype is bfloat16, training computes in it (autocast).
-        loss: instead of the model's own, `compute_loss_func` of the Trainer.
+        trainer: more arguments of the `Trainer`, such as `callbacks`, or `compute_loss_func` instead of the model's own loss.
         options: of `TrainingArguments`; `output_dir` is needed.
     """
     if isinstance(gold[0], list):
         gold = [[float(one) for one in row] for row in gold]  # what binary cross-entropy takes
     trainer = Trainer(
+        **(trainer or {}),
         model=model,
         args=TrainingArguments(**options, **trainer_options(profiles.current(precision))),
         train_dataset=Dataset.from_dict({**tokenizer(texts), "label": gold}),
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_loss_func=loss,
-        callbacks=list(callbacks),
     )
     # A classifier's loss is the mean of its own batch: accumulated gradients would be N times too large (transformers #47688).
     trainer.model_accepts_loss_kwargs = False
@@ -131,7 +127,7 @@ class EmbeddingHead(LoraApproach):
                     probe = fit_probe(embed(texts, model, self.tokenizer), np.array(gold))
                     model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
                 self.model = get_peft_model(model, lora)
-                options |= {"precision": self.precision, "callbacks": self.callbacks}
+                options |= {"precision": self.precision, "trainer": {"callbacks": [*self.callbacks]}}
                 train_classifier(self.model, self.tokenizer, texts, gold, **options)
         self.model.eval()
         self.trainable_parameters = self.model.num_parameters(only_trainable=True)

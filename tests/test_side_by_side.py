@@ -1,6 +1,5 @@
 """Chapter 06 and the decision guide against the records, computed once more by other means."""
 
-import json
 import re
 
 import nbformat
@@ -8,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import BOOK, glued_in, stored_table
 from sklearn.metrics import f1_score
+
+from helpers.records import read
 
 SWEEPS = ("side_by_side", "rank_grid", "zero_shot", "few_documents")
 SHORT = {
@@ -26,8 +27,7 @@ def glued():
 
 @pytest.fixture(scope="module")
 def records():
-    lines = (BOOK / "results" / "side_by_side.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["key"]["profile"] == "quick"]
+    return [record for record in read(BOOK / "results" / "side_by_side.jsonl") if record["key"]["profile"] == "quick"]
 
 
 def task_of(record):
@@ -41,7 +41,7 @@ def said(record):
 
 def test_the_metrics_of_every_record_are_those_of_its_predictions():
     for path in (BOOK / "results").glob("*.jsonl"):
-        for record in map(json.loads, path.read_text().splitlines()):
+        for record in read(path):
             gold, probabilities = np.array(record["gold"]), np.array(record["probabilities"])
             room = 1e-9
             if gold.ndim == 1:
@@ -126,7 +126,7 @@ def test_what_is_made_of_records_is_compared_at_every_run():
 
 def test_all_records_say_where_they_come_from():
     for path in (BOOK / "results").glob("*.jsonl"):
-        for record in map(json.loads, path.read_text().splitlines()):
+        for record in read(path):
             made = record["provenance"]
             assert (
                 made["device"] and made["date"] and made["commit"] and set(made["versions"]) >= {"torch", "transformers", "peft"}

@@ -81,7 +81,7 @@ class BestEpochOption:
     best_epoch: bool = False
 
     def _fit(self, task: Task) -> None:
-        self.callbacks = (BestEpoch(self, task.validation),) if self.best_epoch else ()
+        self.callbacks = [BestEpoch(self, task.validation)] if self.best_epoch else []
         super()._fit(task)
 
 
