@@ -34,6 +34,21 @@ def _units(predictions) -> np.ndarray:
     return np.unique(groups, return_inverse=True)[1]
 
 
+def check_pair(a, b) -> None:
+    """Raise BookError if `a` and `b` are not of the same documents, groups and runs."""
+    for name in ("labels", "gold", "groups", "runs", *(["test_set"] if a.test_set and b.test_set else [])):
+        if not np.array_equal(getattr(a, name), getattr(b, name)):
+            raise BookError(f"{a.approach} and {b.approach} have different {name}: compare them on the same documents.")
+
+
+def resamples(predictions, n_resamples: int, seed: int) -> np.ndarray:
+    """How often each document counts in resamples of whole groups, shape (n_resamples, n_documents)."""
+    unit_of = _units(predictions)
+    n_units = unit_of.max() + 1
+    drawn = np.random.default_rng(seed).integers(0, n_units, (n_resamples, n_units))
+    return np.stack([np.bincount(row, minlength=n_units) for row in drawn])[:, unit_of].astype(float)
+
+
 def interval(statistic: Callable, predictions, confidence: float, n_resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Low and high of a statistic of how often each document was drawn, shape (n_resamples, n_documents)."""
     unit_of = _units(predictions)

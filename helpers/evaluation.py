@@ -162,9 +162,7 @@ def compare(a: Predictions, b: Predictions, confidence: float = 0.95, n_resample
 
     BookError: documents, groups or runs are not the same, or there is only one document or group.
     """
-    for name in ("labels", "gold", "groups", "runs", *(["test_set"] if a.test_set and b.test_set else [])):
-        if not np.array_equal(getattr(a, name), getattr(b, name)):
-            raise BookError(f"{a.approach} and {b.approach} have different {name}: compare them on the same documents.")
+    bootstrap.check_pair(a, b)
 
     def difference(drawn: np.ndarray | None = None) -> np.ndarray:
         return bootstrap.scores(a, drawn) - bootstrap.scores(b, drawn)

@@ -5,6 +5,7 @@ import pytest
 from conftest import random_predictions, with_counts
 from scipy.stats import binom
 from sklearn.calibration import calibration_curve
+from sklearn.metrics import f1_score
 
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
@@ -12,6 +13,8 @@ from helpers.lab.statistics import (
     comparisons,
     expected_calibration_error,
     minimum_detectable_effect,
+    of_settings,
+    over_seeds,
     power,
     reliability,
     risk_coverage,
@@ -142,3 +145,74 @@ def test_risk_of_many_labels_a_document_goes_by_the_least_certain():
     rows = risk_coverage(Predictions("x", ("a", "b"), [[0.9, 0.9], [0.99, 0.6]], [[1, 1], [1, 0]]))
     assert rows["coverage"].tolist() == [0.5, 1]
     assert rows["risk"].tolist() == [0, 0.5]
+
+
+def run_of(name, seed, right, setting=8, **settings):
+    """A record of 40 documents in 20 groups, of two labels; `right` says which are predicted right."""
+    gold = np.arange(40) % 2
+    said = np.where(right, gold, 1 - gold)
+    groups = [f"{(row // 2) + 100 * seed:08x}" for row in range(40)]
+    key = {"task": "news", "options": {"per_class": setting}, "seed": seed, "profile": "quick", "settings": settings}
+    parts = {"gold": gold.tolist(), "probabilities": np.eye(2)[said].tolist(), "groups": groups}
+    return {"key": key, "name": name, "labels": ["a", "b"], "test_set": f"test {seed}", "cost": {}, **parts}
+
+
+def answers(share, seed=0):
+    return np.random.default_rng(seed).random(40) < share
+
+
+def test_a_difference_over_seeds_is_the_mean_of_theirs():
+    good, bad = ([run_of(name, seed, answers(share, seed)) for seed in (0, 1, 2)] for name, share in (("a", 0.95), ("b", 0.6)))
+    found = over_seeds(good, bad, n_resamples=2000)
+    f1 = [[f1_score(r["gold"], np.argmax(r["probabilities"], 1), average="macro") for r in side] for side in (good, bad)]
+    assert found["difference"] == pytest.approx(np.mean(np.subtract(*f1)))
+    assert found["low"] < found["difference"] < found["high"] and found["p_value"] < 0.01
+    back = over_seeds(bad, good, n_resamples=2000)
+    assert back["difference"] == -found["difference"] and back["low"] == pytest.approx(-found["high"])
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    b = [run_of("b", seed, answers(0.7, 9)) for seed in (0, 1, 2)]
+    alike = [run_of("a", seed, answers(0.8, 1)) for seed in (0, 1, 2)]
+    apart = [run_of("a", seed, answers(share, 1)) for seed, share in ((0, 0.6), (1, 0.8), (2, 1.0))]
+    narrow, wide = (over_seeds(each, b, n_resamples=2000) for each in (alike, apart))
+    assert wide["high"] - wide["low"] > 1.3 * (narrow["high"] - narrow["low"])
+
+
+def test_nothing_is_shown_where_nothing_is():
+    same = [run_of("a", seed, answers(0.8, seed)) for seed in (0, 1)]
+    found = over_seeds(same, same, n_resamples=500)
+    assert (found["difference"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
+
+
+def test_records_are_sorted_by_setting_and_name():
+    made = [run_of("a", 1, answers(0.5), rank=4), run_of("b", 0, answers(0.5)), run_of("a", 0, answers(0.5), rank=4)]
+    found = of_settings([*made, run_of("a", 0, answers(0.5), setting=32, rank=4)])
+    assert {key: [r["key"]["seed"] for r in rows] for key, rows in found.items()} == {
+        ("news, 8", "a"): [0, 1],
+        ("news, 8", "b"): [0],
+        ("news, 32", "a"): [0],
+    }
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (run_of("a", 1, answers(0.5), rank=4, prefix="Say:"), "prefix is 'Say:', elsewhere ''"),
+        (run_of("a", 1, answers(0.5), rank=4, prefix="", probe_init=False), "probe_init is False, elsewhere None"),
+        (run_of("b", 0, answers(0.5), rank=4, base_model="other"), "base_model is 'other', elsewhere None"),
+        (run_of("b", 0, answers(0.5), rank=8), "rank is 8, elsewhere 4"),
+        (run_of("b", 0, answers(0.5)) | {"test_set": "another"}, "test_set is 'another', elsewhere 'test 0'"),
+        (run_of("a", 0, answers(0.5), rank=4, prefix=""), "two records of seed 0"),
+    ],
+)
+def test_records_that_do_not_belong_together_are_refused(other, words):
+    with pytest.raises(BookError, match=words) as caught:
+        of_settings([run_of("a", 0, answers(0.5), rank=4, prefix=""), other])
+    assert "\n" not in str(caught.value)
+
+
+def test_other_seeds_are_not_compared():
+    a, b = ([run_of(name, seed, answers(0.5))] for name, seed in (("a", 0), ("b", 1)))
+    with pytest.raises(BookError, match="records of different seeds"):
+        over_seeds(a, b)

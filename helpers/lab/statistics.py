@@ -1,6 +1,7 @@
 """What chapters 06 to 08 and 10 compute from predictions, beyond `helpers.evaluation`: families of tests, power, calibration."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,61 @@ from scipy.optimize import brentq
 from scipy.stats import binom
 from statsmodels.stats.multitest import multipletests
 
+from helpers import bootstrap
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, compare
+from helpers.records import predictions_of
+
+_ALIKE = ("base_model", "n_layers", "rank", "batch_size", "precision")  # what both approaches of a comparison must share
+
+
+def of_settings(made: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Records by `(setting, name)`, one for each seed in their order; a setting is a task with its amount of labelled text.
+
+    BookError: records that do not belong together: of one name, but with other settings (a prompt, a start, a grid), or two of
+    one seed; of one setting, but with another base model, other adapters, or other test documents for the same seed.
+    """
+    found, before = defaultdict(dict), {}
+    for record in made:
+        key, settings, name, seed = record["key"], record["key"]["settings"], record["name"], record["key"]["seed"]
+        setting = f"{key['task']}, {key['options'].get('per_class', key['options'].get('n_train'))}"
+        same = {(setting, name): {**settings, "seed": None, "options": key["options"], "profile": key["profile"]}}
+        same |= {(setting, seed): {"test_set": record["test_set"]}}
+        if "rank" in settings:
+            same |= {(setting, "adapters"): {each: settings.get(each) for each in _ALIKE}}
+        for part, now in same.items():
+            first = before.setdefault(part, now)
+            for wrong in (each for each in now if first.get(each) != now[each]):
+                raise BookError(f"{setting}, {name}, seed {seed}: {wrong} is {now[wrong]!r}, elsewhere {first.get(wrong)!r}.")
+        if seed in found[setting, name]:
+            raise BookError(f"{setting}, {name}: two records of seed {seed}. Give one.")
+        found[setting, name][seed] = record
+    return {key: [by_seed[seed] for seed in sorted(by_seed)] for key, by_seed in found.items()}
+
+
+def over_seeds(a: Sequence[dict], b: Sequence[dict], n_resamples: int = 4000, seed: int = 0) -> dict[str, float]:
+    """Macro-F1 of `a` minus that of `b`, in -1..1, the mean over seeds, from records of the same seeds (`of_settings`).
+
+    A bootstrap draws seeds and then, within each, groups of documents: what another training and other documents would change.
+
+    Returns `difference` with its 95 % interval `low`, `high`, and `p_value`: how often a resample is on the other side of zero,
+    doubled. With three seeds the interval is a little too narrow.
+    """
+    if [record["key"]["seed"] for record in a] != [record["key"]["seed"] for record in b]:
+        raise BookError(f"{a[0]['name']} and {b[0]['name']} have records of different seeds: compare the same.")
+    drawn, differences = [], []
+    for one, other in zip(map(predictions_of, a), map(predictions_of, b), strict=True):
+        bootstrap.check_pair(one, other)
+        weights = bootstrap.resamples(one, n_resamples, seed)
+        drawn.append(bootstrap.scores(one, weights)[1] - bootstrap.scores(other, weights)[1])
+        differences.append(bootstrap.scores(one)[1] - bootstrap.scores(other)[1])
+    generator = np.random.default_rng(seed)
+    seeds, columns = (generator.integers(0, n, (n_resamples, len(drawn))) for n in (len(drawn), n_resamples))
+    means = np.array(drawn)[seeds, columns].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    p_value = 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + n_resamples)
+    found = {"difference": np.mean(differences), "low": low, "high": high, "p_value": min(1.0, p_value)}
+    return {name: float(value) for name, value in found.items()}
 
 
 def comparisons(pairs: dict[str, tuple[Predictions, Predictions]], **options) -> pd.DataFrame:
