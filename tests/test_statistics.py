@@ -1,5 +1,7 @@
 """The statistics of chapters 06 to 08, each against a library, a worked example or a simulation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import random_predictions, with_counts
@@ -7,10 +9,13 @@ from scipy.stats import binom
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score
 
+from helpers.bootstrap import scores
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
 from helpers.lab.statistics import (
+    METRICS,
     comparisons,
+    decide,
     expected_calibration_error,
     minimum_detectable_effect,
     of_settings,
@@ -20,6 +25,7 @@ from helpers.lab.statistics import (
     risk_coverage,
     spread,
 )
+from helpers.records import predictions_of
 
 
 def test_holm_by_hand():
@@ -150,11 +156,15 @@ def test_risk_of_many_labels_a_document_goes_by_the_least_certain():
 def run_of(name, seed, right, setting=8, **settings):
     """A record of 40 documents in 20 groups, of two labels; `right` says which are predicted right."""
     gold = np.arange(40) % 2
-    said = np.where(right, gold, 1 - gold)
+    predicted = np.where(right, gold, 1 - gold)
     groups = [f"{(row // 2) + 100 * seed:08x}" for row in range(40)]
     key = {"task": "news", "options": {"per_class": setting}, "seed": seed, "profile": "quick", "settings": settings}
-    parts = {"gold": gold.tolist(), "probabilities": np.eye(2)[said].tolist(), "groups": groups}
+    parts = {"gold": gold.tolist(), "probabilities": np.eye(2)[predicted].tolist(), "groups": groups}
     return {"key": key, "name": name, "labels": ["a", "b"], "test_set": f"test {seed}", "cost": {}, **parts}
+
+
+def said(records):
+    return [predictions_of(record) for record in records]
 
 
 def answers(share, seed=0):
@@ -163,11 +173,11 @@ def answers(share, seed=0):
 
 def test_a_difference_over_seeds_is_the_mean_of_theirs():
     good, bad = ([run_of(name, seed, answers(share, seed)) for seed in (0, 1, 2)] for name, share in (("a", 0.95), ("b", 0.6)))
-    found = over_seeds(good, bad, n_resamples=2000)
+    found = over_seeds(*map(said, (good, bad)), n_resamples=2000)
     f1 = [[f1_score(r["gold"], np.argmax(r["probabilities"], 1), average="macro") for r in side] for side in (good, bad)]
     assert found["difference"] == pytest.approx(np.mean(np.subtract(*f1)))
     assert found["low"] < found["difference"] < found["high"] and found["p_value"] < 0.01
-    back = over_seeds(bad, good, n_resamples=2000)
+    back = over_seeds(*map(said, (bad, good)), n_resamples=2000)
     assert back["difference"] == -found["difference"] and back["low"] == pytest.approx(-found["high"])
 
 
@@ -175,13 +185,13 @@ def test_seeds_that_disagree_widen_the_interval():
     b = [run_of("b", seed, answers(0.7, 9)) for seed in (0, 1, 2)]
     alike = [run_of("a", seed, answers(0.8, 1)) for seed in (0, 1, 2)]
     apart = [run_of("a", seed, answers(share, 1)) for seed, share in ((0, 0.6), (1, 0.8), (2, 1.0))]
-    narrow, wide = (over_seeds(each, b, n_resamples=2000) for each in (alike, apart))
+    narrow, wide = (over_seeds(said(each), said(b), n_resamples=2000) for each in (alike, apart))
     assert wide["high"] - wide["low"] > 1.3 * (narrow["high"] - narrow["low"])
 
 
 def test_nothing_is_shown_where_nothing_is():
     same = [run_of("a", seed, answers(0.8, seed)) for seed in (0, 1)]
-    found = over_seeds(same, same, n_resamples=500)
+    found = over_seeds(said(same), said(same), n_resamples=500)
     assert (found["difference"], found["low"], found["high"], found["p_value"]) == (0, 0, 0, 1)
 
 
@@ -214,5 +224,21 @@ def test_records_that_do_not_belong_together_are_refused(other, words):
 
 def test_other_seeds_are_not_compared():
     a, b = ([run_of(name, seed, answers(0.5))] for name, seed in (("a", 0), ("b", 1)))
-    with pytest.raises(BookError, match="records of different seeds"):
-        over_seeds(a, b)
+    with pytest.raises(BookError, match="different groups"):
+        over_seeds(said(a), said(b))
+
+
+def test_decisions_are_chosen_for_the_metric_on_validation():
+    generator = np.random.default_rng(0)
+    gold = np.eye(4, dtype=int)[generator.integers(0, 4, 300)]  # always one label
+    probabilities = np.clip(0.3 * gold + generator.random((300, 4)) * 0.4, 0, 1)
+    validation, test = (
+        Predictions("a", tuple("abcd"), probabilities[half], gold[half]) for half in (slice(150), slice(150, 300))
+    )
+    exact = decide(test, validation, "accuracy")
+    best_cut = max(replace(test, thresholds=cut).correct.mean() for cut in np.linspace(0, 1, 101))
+    assert exact.correct.mean() > best_cut + 0.02  # no threshold alone gives "at least one label"
+    assert exact.predicted.sum(axis=1).min() == 1
+    for metric, number in (("accuracy", 0), ("micro_f1", 2)):
+        chosen = scores(decide(validation, validation, metric))[number]
+        assert all(chosen >= scores(decide(validation, validation, other))[number] for other in METRICS)

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,6 @@ from statsmodels.stats.multitest import multipletests
 from helpers import bootstrap
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, compare
-from helpers.records import predictions_of
 
 _ALIKE = ("base_model", "n_layers", "rank", "batch_size", "precision")  # what both approaches of a comparison must share
 
@@ -41,22 +41,25 @@ def of_settings(made: Iterable[dict]) -> dict[tuple[str, str], list[dict]]:
     return {key: [by_seed[seed] for seed in sorted(by_seed)] for key, by_seed in found.items()}
 
 
-def over_seeds(a: Sequence[dict], b: Sequence[dict], n_resamples: int = 4000, seed: int = 0) -> dict[str, float]:
-    """Macro-F1 of `a` minus that of `b`, in -1..1, the mean over seeds, from records of the same seeds (`of_settings`).
+METRICS = ("accuracy", "macro_f1", "micro_f1")  # as `bootstrap.scores` orders them; multi-label accuracy is exact match
+
+
+def over_seeds(
+    a: Sequence[Predictions], b: Sequence[Predictions], metric: str = "macro_f1", n_resamples: int = 4000, seed: int = 0
+) -> dict[str, float]:
+    """`metric` of `a` minus that of `b`, in -1..1, the mean over seeds; each has an entry for every seed.
 
     A bootstrap draws seeds and then, within each, groups of documents: what another training and other documents would change.
+    With three seeds its interval is a little too narrow.
 
-    Returns `difference` with its 95 % interval `low`, `high`, and `p_value`: how often a resample is on the other side of zero,
-    doubled. With three seeds the interval is a little too narrow.
+    Returns `difference` with its 95 % interval `low`, `high`, and `p_value`: twice the share of resamples beyond zero.
     """
-    if [record["key"]["seed"] for record in a] != [record["key"]["seed"] for record in b]:
-        raise BookError(f"{a[0]['name']} and {b[0]['name']} have records of different seeds: compare the same.")
-    drawn, differences = [], []
-    for one, other in zip(map(predictions_of, a), map(predictions_of, b), strict=True):
+    drawn, differences, number = [], [], METRICS.index(metric)
+    for one, other in zip(a, b, strict=True):
         bootstrap.check_pair(one, other)
         weights = bootstrap.resamples(one, n_resamples, seed)
-        drawn.append(bootstrap.scores(one, weights)[1] - bootstrap.scores(other, weights)[1])
-        differences.append(bootstrap.scores(one)[1] - bootstrap.scores(other)[1])
+        drawn.append(bootstrap.scores(one, weights)[number] - bootstrap.scores(other, weights)[number])
+        differences.append(bootstrap.scores(one)[number] - bootstrap.scores(other)[number])
     generator = np.random.default_rng(seed)
     seeds, columns = (generator.integers(0, n, (n_resamples, len(drawn))) for n in (len(drawn), n_resamples))
     means = np.array(drawn)[seeds, columns].mean(axis=1)
@@ -64,6 +67,20 @@ def over_seeds(a: Sequence[dict], b: Sequence[dict], n_resamples: int = 4000, se
     p_value = 2 * (1 + min((means <= 0).sum(), (means >= 0).sum())) / (1 + n_resamples)
     found = {"difference": np.mean(differences), "low": low, "high": high, "p_value": min(1.0, p_value)}
     return {name: float(value) for name, value in found.items()}
+
+
+def decide(test: Predictions, validation: Predictions, metric: str) -> Predictions:
+    """Multi-label `test` with the decisions that are best for `metric` on `validation`: a threshold for all labels, and whether
+    the likeliest label is predicted where none reaches it."""
+
+    def decided(of: Predictions, threshold: float, at_least_one: bool) -> Predictions:
+        likeliest = of.probabilities.max(axis=1, keepdims=True)
+        return replace(of, thresholds=np.minimum(threshold, likeliest) if at_least_one else threshold)
+
+    cuts = np.unique(np.quantile(validation.probabilities, np.linspace(0.5, 1, 101)))
+    rules = [(cut, at_least_one) for cut in (cuts[:-1] + cuts[1:]) / 2 for at_least_one in (False, True)]
+    score = [bootstrap.scores(decided(validation, *rule))[METRICS.index(metric)] for rule in rules]
+    return decided(test, *rules[int(np.argmax(score))])
 
 
 def comparisons(pairs: dict[str, tuple[Predictions, Predictions]], **options) -> pd.DataFrame:
