@@ -229,6 +229,42 @@ def test_head_against_list_is_that_of_the_records(multi_label):
     assert float(shown["exact match, decided for micro-F1", "head − list, points"]) < 2 * value
 
 
+def claim_cell(chapter, begins):
+    import nbformat
+
+    cells = nbformat.read(BOOK / f"{chapter}.ipynb", 4).cells
+    (found,) = [cell.source for cell in cells if "claim" in cell.metadata.get("tags", []) and cell.source.startswith(begins)]
+    return found
+
+
+@pytest.mark.parametrize(
+    "row, changed",
+    [
+        ("exact match", {"difference": -1.0, "low": -3.0, "high": 0.5}),
+        ("micro-F1", {"difference": 2.0, "low": 0.5, "high": 3.5}),
+        ("macro-F1", {"difference": -4.0, "low": -7.0, "high": -1.0}),
+        ("exact match, decided for micro-F1", {"difference": -5.0, "low": -7.0, "high": -3.0}),
+        (None, {}),
+    ],
+)
+def test_the_claims_on_head_and_list_fail_when_the_records_say_otherwise(row, changed):
+    import pandas as pd
+
+    rows = {
+        "exact match": {"difference": -4.0, "low": -6.7, "high": -1.1},
+        "micro-F1": {"difference": 0.1, "low": -2.1, "high": 2.8},
+        "macro-F1": {"difference": 3.1, "low": -2.2, "high": 7.4},
+        "exact match, decided for micro-F1": {"difference": -11.0, "low": -13.8, "high": -7.8},
+    }
+    claim = claim_cell("07_multi_label", "exact, micro, macro, trap")
+    if row is not None:
+        rows[row] = changed
+        with pytest.raises(AssertionError):
+            exec(claim, {"reversal": pd.DataFrame(rows).T, "glue": lambda *_: None})
+    else:
+        exec(claim, {"reversal": pd.DataFrame(rows).T, "glue": lambda *_: None})
+
+
 @pytest.mark.parametrize("chapter", ["07_multi_label", "08_ablations"])
 def test_what_is_made_of_records_is_compared_at_every_run(chapter):
     import nbformat
