@@ -1,7 +1,6 @@
 """Every approach at its own best: settings of a grid are tried on validation documents, and of each the best epoch is kept."""
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -156,8 +155,3 @@ def warnings(task: Task, grid: dict[str, list], tried: list[dict]) -> list[str]:
     if n < max(FEW, 2 * labels):
         found.append(f"{n} validation documents are few to choose on with {labels} labels: raise n_validation.")
     return found
-
-
-def clear(folder: Path) -> None:
-    """Remove what a search that is recorded has left."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -124,10 +125,10 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
     made_with, task = provenance(), load_task(key, sources)  # what can go wrong does so before the training
     kind, folder, searched = APPROACHES[key["approach"]], _search_folder(key), {}
     with measure() as training:
-        if searching(key):
+        if grid := {name: value for name, value in key["settings"].items() if isinstance(value, list)}:
             approach, tried = search.search(kind, key["settings"], task, folder)
             searched = {"chosen": max(tried, key=search.rank), "tried": tried}
-            for line in search.warnings(task, searching(key), tried):
+            for line in search.warnings(task, grid, tried):
                 print(f"{records.title(key)}: {line}", file=sys.stderr)
         else:
             approach = kind(**key["settings"]).fit(task)
@@ -154,11 +155,6 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
         **{name: _written(approach.predict(documents)) for name, documents in asked.items()},
     }
     return record | {"metrics": evaluate(records.predictions_of(record))}  # of what is recorded, rounded as it is
-
-
-def searching(key: dict) -> dict[str, list]:
-    """The settings of a run that are chosen on validation, with the values to try; none if it is of one configuration."""
-    return {name: value for name, value in key["settings"].items() if isinstance(value, list)}
 
 
 def _search_folder(key: dict) -> Path:
@@ -249,7 +245,7 @@ def make(
             continue  # another process made it
         try:
             append(path, run(key, save(key) if save else None, sources))
-            search.clear(_search_folder(key))
+            shutil.rmtree(_search_folder(key), ignore_errors=True)
         except Exception as error:
             failed.append(f"{records.title(key)}: {type(error).__name__}: {error}")
             tqdm.write(failed[-1], file=sys.stderr)
