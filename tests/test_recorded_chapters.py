@@ -229,6 +229,20 @@ def test_head_against_list_is_that_of_the_records(multi_label):
     assert float(shown["exact match, decided for micro-F1", "head − list, points"]) < 2 * value
 
 
+@pytest.mark.parametrize("path", sorted(BOOK.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_numbers_in_sentences_come_from_a_cell_that_asserts_what_the_sentence_claims(path):
+    import nbformat
+
+    claimed = set()
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and "claim" in cell.metadata.get("tags", []):
+            assert "assert " in cell.source and "hide-cell" in cell.metadata["tags"], cell.source[:80]
+            claimed |= {output.get("metadata", {}).get("scrapbook", {}).get("name") for output in cell.outputs}
+        if cell.cell_type == "markdown":
+            used = {key.split(":")[0] for key in re.findall(r"\{glue:text\}`([^`]+)`", cell.source)}
+            assert used <= claimed, f"{path.stem}: {used - claimed} stand in a sentence before any claim"
+
+
 def claim_cell(chapter, begins):
     import nbformat
 
