@@ -67,7 +67,7 @@ class Approach:
             return self._predict_proba(texts, batch_size)
 
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
-        """`predict_proba` for `documents` (columns `text`, `label`), with gold labels and cost; groups are the caller's to add.
+        """`predict_proba` for `documents` (columns `text`, `label` and, if they have groups, `group`), with gold labels and cost.
 
         Raises:
             BookError: a column is missing, or as `predict_proba`.
@@ -85,6 +85,7 @@ class Approach:
             trainable_parameters=self.trainable_parameters,
             tokens=self._count_tokens(texts),
             peak_memory=cost.peak_memory,
+            groups=np.array(documents["group"]) if "group" in documents.column_names else None,
         )
 
     def save(self, folder: str | Path) -> Path:

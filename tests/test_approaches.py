@@ -126,6 +126,13 @@ def test_svm_learns_separable_documents(tiny_task):
     assert predictions.trainable_parameters % 3 == 0 and predictions.trainable_parameters > 0
 
 
+def test_groups_of_documents_reach_the_predictions(tiny_task):
+    svm = TfidfSvm().fit(tiny_task)
+    assert svm.predict(tiny_task.test).groups is None
+    names = [f"source {row // 2}" for row in range(len(tiny_task.test))]
+    assert svm.predict(tiny_task.test.add_column("group", names)).groups.tolist() == names
+
+
 def test_probe_learns_the_training_documents(tiny_model, tiny_task):
     predictions = FrozenProbe(tiny_model).fit(tiny_task).predict(tiny_task.train)
     assert predictions.correct.all()
