@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import base_models, profiles
 from helpers.checkpoints import resumable
-from helpers.errors import BookError
+from helpers.errors import BookError, check_texts
 from helpers.evaluation import Predictions, measure
 from helpers.records import DEFAULTS
 from helpers.tasks import Task, gold_of, texts_of
@@ -63,6 +63,7 @@ class Approach:
         Raises:
             BookError: a text is empty, or longer than the model takes.
         """
+        check_texts(texts, "texts")
         with profiles.fast_products():
             return self._predict_proba(texts, batch_size)
 
@@ -119,6 +120,8 @@ class Approach:
         note = json.loads((folder / _NOTE).read_text(encoding="utf-8"))
         name, settings = note["approach"], note["settings"]
         if cls is Approach:
+            if name not in MODULES:
+                raise BookError(f"{folder} holds {name}: use helpers.lab.approaches.{name}.load.")
             cls = getattr(importlib.import_module(MODULES[name]), name)
         if name != cls.__name__:
             raise BookError(f"{folder} holds {name}, not {cls.__name__}. Use {name}.load.")

@@ -69,7 +69,7 @@ def _check_same(note: Path, settings: dict) -> None:
         before = json.loads(note.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise BookError(f"{note} is damaged ({error.msg}). Delete its folder to train anew, or give another one.") from error
-    before = DEFAULTS.get(settings["approach"], {}) | before
+    before, settings = ({**DEFAULTS.get(settings["approach"], {}), **each} for each in (before, settings))
     for name, value in settings.items():
         if before.get(name) != value:
             raise BookError(

@@ -105,7 +105,6 @@ class EmbeddingHead(LoraApproach):
     """
 
     probe_init: bool = True
-    epochs: int = 2
     name: str = "embedding head + LoRA"
     precision: ClassVar[str | None] = None
 

@@ -19,3 +19,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> BookError:
     near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
     hint = f"Did you mean {lowered[near[0]]!r}?" if near else f"Choose one of: {', '.join(known)}."
     return BookError(f"There is no {kind} {name!r}. {hint}")
+
+
+def check_texts(texts: list[str], where: str) -> None:
+    """Raise BookError for the first text that is none or empty."""
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise BookError(f"{where}, row {row}: the text is {text!r}. Drop the row or give it a text.")

@@ -16,7 +16,7 @@ from sklearn.preprocessing import LabelEncoder, MultiLabelBinarizer
 from transformers import PreTrainedTokenizerBase
 
 from helpers.corpora import TASKS, Document, excerpt, normalised, remove_duplicates
-from helpers.errors import BookError, unknown_name
+from helpers.errors import BookError, check_texts, unknown_name
 from helpers.splits import SPLITS, split_rows
 
 
@@ -61,8 +61,9 @@ class Task:
         for number, label in enumerate(self.labels):
             if not isinstance(label, str) or not label.strip():
                 raise BookError(f"{self.name}: label number {number} is empty or no text ({label!r}). Give it a name.")
-            if (other := names.setdefault(normalised(label), label)) is not label:
+            if other := names.get(normalised(label)):
                 raise BookError(f"{self.name}: labels {other!r} and {label!r} are the same but for case or spaces. Rename one.")
+            names[normalised(label)] = label
 
     def _check_gold(self, split: str) -> None:
         where, n = f"{self.name}, {split}", len(self.labels)
@@ -156,9 +157,7 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
 def texts_of(documents: Dataset, where: str = "documents") -> list[str]:
     """The column `text` of a split or any other data set; `where` begins messages. BookError: it is missing, a text is empty."""
     texts = _column(documents, "text", where)
-    for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise BookError(f"{where}, row {row}: the text is {text!r}. Drop the row or give it a text.")
+    check_texts(texts, where)
     return texts
 
 

@@ -275,3 +275,17 @@ def test_a_checkpoint_cut_short_is_not_used(tiny_model, tiny_task, tmp_path):
     (last / "trainer_state.json").write_text((last / "trainer_state.json").read_text()[:40])
     again = EmbeddingHead(tiny_model, **settings).fit(tiny_task).predict(tiny_task.test).probabilities
     assert np.allclose(again, expected, atol=1e-6)
+
+
+def test_an_empty_text_is_named_also_without_labels(trained):
+    for approach in trained.values():
+        with pytest.raises(BookError, match="row 1: the text is ' '"):
+            approach.predict_proba(["a match", " "])
+
+
+def test_a_folder_of_a_student_says_which_class_loads_it(trained, tmp_path):
+    folder = trained[EmbeddingHead].save(tmp_path / "saved")
+    note = json.loads((folder / "approach.json").read_text())
+    (folder / "approach.json").write_text(json.dumps(note | {"approach": "DistilledEncoder"}))
+    with pytest.raises(BookError, match="use helpers.lab.approaches.DistilledEncoder.load"):
+        Approach.load(folder)

@@ -207,3 +207,45 @@ def test_a_setting_is_given_or_chosen_and_not_both():
     sweep = {"tasks": ["bbc"], "seeds": [0], "approaches": [{"TfidfSvm": {"C": 1.0, "choose": {"C": [1.0, 2.0]}}}]}
     with pytest.raises(BookError, match="no value beside it"):
         sweeps.keys(sweep)
+
+
+def test_two_grids_at_their_edges_and_whole_numbers():
+    rows = [row(score, C=C, rate=rate) for C, rate, score in ((1.0, 0.1, 0.1), (2.0, 0.1, 0.2), (1.0, 0.2, 0.3), (2.0, 0.2, 0.4))]
+    rows.append(row(0.5, C=2.0, rate=0.4))  # only one C was tried at this rate
+    assert search.at_edge({"C": [1.0, 2.0], "rate": [0.1, 0.2]}, rows) == {"rate": {"C": 2.0, "rate": 0.8}}
+    beyond = search.at_edge({"rank": [8, 16]}, [row(0.1, rank=8), row(0.2, rank=16)])
+    assert beyond == {"rank": {"rank": 32}} and type(beyond["rank"]["rank"]) is int
+    assert search.at_edge({"epochs": [1, 4]}, [row(0.2, epochs=1), row(0.1, epochs=4)]) == {}  # no epochs below one
+
+
+@pytest.mark.parametrize("values", [[True, False], [0.0, 1.0], [None, 10]])
+def test_what_has_no_steps_has_no_edges(values):
+    assert search.at_edge({"x": values}, [row(score, x=value) for score, value in enumerate(values)]) == {}
+
+
+def test_a_training_that_went_astray_loses_and_stops_nothing(tiny_model, tiny_task, tmp_path):
+    settings = {"base_model": tiny_model, "n_layers": 1, "epochs": 1, "learning_rate": [1e-3, 1e30], "best_epoch": True}
+    found, tried = search.search(EmbeddingHead, settings, tiny_task, tmp_path)
+    assert {each["settings"]["learning_rate"]: each["macro_f1"] for each in tried}[1e30] == 0
+    assert found.learning_rate < 1 and np.isfinite(found.predict(tiny_task.test).probabilities).all()
+
+
+def test_a_search_that_was_stopped_while_it_saved_goes_on(peak, tiny_task, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "rate").write_text("half")
+    found, _ = search.search(peak, {"rate": RATES}, tiny_task, tmp_path)
+    assert found.rate == 0.4
+
+
+def test_the_best_epoch_needs_a_training_in_one_piece(tiny_model, tiny_task, tmp_path):
+    with pytest.raises(BookError, match="in one piece"):
+        options(EmbeddingHead, tiny_model, best_epoch=True, checkpoints=str(tmp_path)).fit(tiny_task)
+
+
+def test_a_run_with_the_best_epoch_records_the_epochs(tiny_model, tiny_task, monkeypatch):
+    monkeypatch.setattr(sweeps, "load_task", lambda key, sources: tiny_task)
+    approach = {"EmbeddingHead": {"base_model": tiny_model, "n_layers": 1, "best_epoch": True, "precision": "bfloat16"}}
+    (key,) = sweeps.keys({"tasks": ["bbc"], "seeds": [0], "approaches": [approach]})
+    record = sweeps.run(key)
+    assert len(record["epochs"]) == 2 and record["chosen"] in record["epochs"]
+    assert record["provenance"]["dtype"] == "bfloat16"

@@ -190,7 +190,7 @@ def test_provenance_says_how_it_was_computed(monkeypatch):
     assert len(found["commit"]) >= 7 and found["attention"] == profile.attention == "eager"
 
     other = dataclasses.replace(profile, attention="sdpa", float32_products="highest")
-    monkeypatch.setattr(profiles, "current", lambda: other)
+    monkeypatch.setattr(profiles, "current", lambda precision=None: other)
     found = sweeps.provenance()
     assert (found["attention"], found["float32_matmul_precision"]) == ("sdpa", "highest")
 

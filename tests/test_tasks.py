@@ -578,3 +578,15 @@ def test_where_only_validation_is_published_test_comes_from_training():
 
 def test_load_takes_every_option_of_split(cheap_bbc):
     assert len(load("bbc", conflicting="drop").test) == 500
+
+
+def test_one_name_twice_is_refused():
+    documents = Dataset.from_dict({"text": ["a b"], "label": [0]})
+    with pytest.raises(BookError, match="labels 'cat' and 'cat' are the same"):
+        Task("twice", ("cat", "cat"), documents, documents, documents)
+
+
+def test_documents_of_which_only_some_have_a_group_are_refused():
+    documents = [Document(f"text number {n}", "ab"[n % 2], group="" if n == 7 else f"g{n}") for n in range(40)]
+    with pytest.raises(BookError, match="document 7 has no group, others have"):
+        split("some", documents, n_validation=4, n_test=4)

@@ -1,6 +1,7 @@
 """Every approach at its own best: settings of a grid are tried on validation documents, and of each the best epoch is kept."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from transformers import TrainerCallback
 
 from helpers.approach import Approach
 from helpers.bootstrap import scores
-from helpers.evaluation import best_thresholds
+from helpers.errors import BookError
+from helpers.evaluation import Predictions, best_thresholds
 from helpers.tasks import Task
 
 BEYOND = 3  # so many values at most are tried outside of a grid whose best one lies at its edge
@@ -27,8 +29,10 @@ def on_validation(approach: Approach, documents: Dataset) -> dict[str, float]:
 
     Multi-label scores are those at the threshold of the best micro-F1 (`evaluation.best_thresholds`).
     """
-    start = time.perf_counter()
-    found = approach.predict(documents)
+    start, probabilities = time.perf_counter(), approach.predict_proba(list(documents["text"]))
+    if not np.isfinite(probabilities).all():  # steps were too large: the training went astray
+        return {"macro_f1": 0.0, "micro_f1": 0.0, "log_loss": 1e6, "seconds": time.perf_counter() - start}
+    found = Predictions(approach.name, approach.labels, probabilities, documents["label"])
     if found.multi_label:
         found = replace(found, thresholds=best_thresholds(found))
         of_gold = np.where(found.gold == 1, found.probabilities, 1 - found.probabilities)
@@ -80,8 +84,18 @@ class BestEpochOption:
     best_epoch: bool = False
 
     def _fit(self, task: Task) -> None:
+        if self.best_epoch and getattr(self, "checkpoints", None):
+            raise BookError("The best epoch is known only to a training in one piece: use checkpoints=None with best_epoch.")
         self.callbacks = [BestEpoch(self, task.validation)] if self.best_epoch else []
         super()._fit(task)
+
+
+def fit(approach: Approach, task: Task) -> list[dict]:
+    """Fit in place, the time for validation left out of `training_seconds`; returns what `BestEpoch` saw, nothing without it."""
+    approach.fit(task)
+    epochs = [each for callback in getattr(approach, "callbacks", ()) for each in callback.epochs]
+    approach.training_seconds -= sum(each["seconds"] for each in epochs)
+    return epochs
 
 
 def search(kind: type[Approach], settings: dict, task: Task, folder: Path) -> tuple[Approach, list[dict]]:
@@ -98,18 +112,19 @@ def search(kind: type[Approach], settings: dict, task: Task, folder: Path) -> tu
     """
     grid = {name: values for name, values in settings.items() if isinstance(values, list)}
     notes, lower_states = folder / "tried.json", {}
+    shutil.rmtree(folder / "new", ignore_errors=True)  # of a search that was stopped while it saved
     tried = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else []
     for chosen in _to_try(grid, tried):
         approach = kind(**settings | chosen)
         approach.lower_states = lower_states.setdefault(tuple(getattr(approach, name, None) for name in _OF_LOWER), {})
-        approach.fit(task)
-        epochs = [each for callback in getattr(approach, "callbacks", ()) for each in callback.epochs]
-        approach.training_seconds -= sum(each["seconds"] for each in epochs)
+        epochs = fit(approach, task)
         row = {"settings": chosen, "training_seconds": round(approach.training_seconds, 2)}
         row |= max(epochs, key=rank) if epochs else on_validation(approach, task.validation)
         row |= {"epochs": epochs} if epochs else {}
         if not tried or rank(row) > max(map(rank, tried)):
-            approach.save(folder / "best")
+            approach.save(folder / "new")
+            shutil.rmtree(folder / "best", ignore_errors=True)
+            (folder / "new").rename(folder / "best")
         tried.append(row)
         written = notes.with_suffix(".tmp")
         written.write_text(json.dumps(tried), encoding="utf-8")
@@ -129,19 +144,21 @@ def _to_try(grid: dict[str, list], tried: list[dict]) -> Iterator[dict]:
 def at_edge(grid: dict[str, list], tried: list[dict], beyond: int = BEYOND) -> dict[str, dict]:
     """For each setting whose best value is the least or greatest one tried, the configuration to try next.
 
-    Only numbers have edges. Nothing is said of a grid of one value, or once `beyond` values outside of the grid were tried.
+    Only numbers above zero have edges. Nothing is said of one value, or once `beyond` values outside of the grid were tried.
     """
     best = max(tried, key=rank)["settings"]
     found = {}
     for name, values in grid.items():
         others = {other: value for other, value in best.items() if other != name}
         values_tried = [row["settings"][name] for row in tried if row["settings"].items() >= others.items()]
-        if len(values) < 2 or isinstance(values[0], str) or len(values_tried) >= len(values) + beyond:
+        numbers = all(type(value) in (int, float) and value > 0 for value in values)
+        if not numbers or not 2 <= len(values_tried) < len(values) + beyond:
             continue
         least, second, *_ = ordered = sorted(values_tried)
         edges = {least: least * least / second, ordered[-1]: ordered[-1] ** 2 / ordered[-2]}
         if best[name] in edges:
-            found[name] = best | {name: float(f"{edges[best[name]]:.3g}")}
+            value = type(values[0])(float(f"{edges[best[name]]:.3g}"))  # whole numbers stay whole
+            found |= {name: best | {name: value}} if value and value not in values_tried else {}
     return found
 
 

@@ -47,9 +47,9 @@ _SWEEP = {"tasks": list, "seeds": list, "approaches": list, "validation": bool, 
 _OPTIONS = ("words", "tokens", "per_class", "n_train", "n_validation", "n_test", "by_group", "conflicting")
 
 
-def provenance() -> dict:
+def provenance(precision: str | None = None) -> dict:
     """What made a record: device, threads, how it computes, library versions, commit (None without git) and date."""
-    profile = profiles.current()
+    profile = profiles.current(precision)
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     processor = re.search(r"model name\s*: (.*)", cpuinfo)
     unknown, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse --short HEAD')
@@ -122,7 +122,8 @@ def groups_of(task: tasks.Task) -> list[str]:
 def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TASKS) -> dict:
     """Make one run and return its record, with those on validation and `CONTENT_FREE` texts if the key says `validation`."""
     give_back_memory()  # so that the peak is that of this run
-    made_with, task = provenance(), load_task(key, sources)  # what can go wrong does so before the training
+    made_with = provenance(key["settings"].get("precision"))
+    task = load_task(key, sources)  # what can go wrong does so before the training
     kind, folder, searched = APPROACHES[key["approach"]], _search_folder(key), {}
     with measure() as training:
         if grid := {name: value for name, value in key["settings"].items() if isinstance(value, list)}:
@@ -131,7 +132,9 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
             for line in search.warnings(task, grid, tried):
                 print(f"{records.title(key)}: {line}", file=sys.stderr)
         else:
-            approach = kind(**key["settings"]).fit(task)
+            approach = kind(**key["settings"])
+            if epochs := search.fit(approach, task):
+                searched = {"chosen": max(epochs, key=search.rank), "epochs": epochs}
     if save is not None:
         approach.save(save)
     found = replace(approach.predict(task.test), test_set=test_set(task), groups=np.array(groups_of(task)))
@@ -139,7 +142,7 @@ def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TA
     adapter = as_bytes(get_peft_model_state_dict(model), {"format": "pt"}) if isinstance(model, PeftModel) else b""
     cost = {name: getattr(found, name) for name in _COST} | {"training_peak_memory": training.peak_memory}
     cost |= {"adapter_bytes": len(adapter) or None, "tokens_per_second": found.tokens / found.seconds if found.tokens else None}
-    blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][: len(CONTENT_FREE)]})
+    blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][:1] * len(CONTENT_FREE)})
     asked = {"validation": task.validation, "content_free": blank} if key.get("validation") else {}
     record = {
         "key": key,
