@@ -49,6 +49,11 @@ def resamples(predictions, n_resamples: int, seed: int) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=n_units) for row in drawn])[:, unit_of].astype(float)
 
 
+def independent(predictions) -> bool:
+    """Whether every document is a unit of its own, predicted by one run."""
+    return predictions.runs is None and len(np.unique(_units(predictions))) == len(predictions.gold)
+
+
 def interval(statistic: Callable, predictions, confidence: float, n_resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Low and high of a statistic of how often each document was drawn, shape (n_resamples, n_documents)."""
     unit_of = _units(predictions)

@@ -526,3 +526,15 @@ def test_pooled_costs():
     parts = [random_predictions(seed, seconds=2.0, training_seconds=float(seed), tokens=7) for seed in (1, 2)]
     pooled = pool(parts)
     assert (pooled.seconds, pooled.training_seconds, pooled.tokens) == (4.0, 1.5, 14)  # in all; of one training; in all
+
+
+def test_documents_that_share_a_group_widen_the_interval_of_accuracy():
+    right = np.repeat(np.random.default_rng(0).random(20) < 0.7, 10)  # twenty groups, right or wrong together
+    gold = np.arange(200) % 2
+    alone = certain(np.where(right, gold, 1 - gold), gold)
+    grouped = replace(alone, groups=np.repeat([f"g{n}" for n in range(20)], 10))
+    narrow, wide = evaluate(alone), evaluate(grouped)
+    assert (narrow["accuracy_low"], narrow["accuracy_high"]) == proportion_confint(right.sum(), 200, method="wilson")
+    assert wide["accuracy_high"] - wide["accuracy_low"] > 2 * (narrow["accuracy_high"] - narrow["accuracy_low"])
+    same_twice = evaluate(pool([grouped, grouped]))
+    assert same_twice["accuracy_high"] - same_twice["accuracy_low"] > 1.8 * (narrow["accuracy_high"] - narrow["accuracy_low"])
