@@ -44,6 +44,7 @@ class Approach:
     multi_label: bool
     training_seconds: float = 0.0
     trainable_parameters: int = 0
+    callbacks: ClassVar[Sequence[TrainerCallback]] = ()  # for the Trainer of those that have one
 
     def fit(self, task: Task) -> Self:
         """Train on `task.train`; nothing is learned from validation or test.
@@ -161,7 +162,6 @@ class LoraApproach(Approach):
 
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
-    callbacks: ClassVar[Sequence[TrainerCallback]] = ()  # for the Trainer
     lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them
 
     def __post_init__(self) -> None:

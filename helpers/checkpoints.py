@@ -36,11 +36,16 @@ def resumable(folder: str | None, settings: dict) -> Iterator[dict]:
     if note.exists():
         _check_same(note, settings)
     note.parent.mkdir(parents=True, exist_ok=True)
-    written = note.with_suffix(".tmp")  # renamed when complete: a process may be killed at any time
-    written.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    written.replace(note)
+    write_whole(note, json.dumps(settings, indent=2))
     # two are kept, so that one is complete whenever the process ends
     yield {"output_dir": str(note.parent), "save_strategy": "epoch", "save_total_limit": 2}
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file that is complete or as it was before, whenever the process is killed."""
+    written = path.with_name(f"{path.name}.tmp")
+    written.write_text(content, encoding="utf-8")
+    written.replace(path)
 
 
 def trainer_options(profile: Profile) -> dict:

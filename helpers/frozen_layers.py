@@ -35,10 +35,10 @@ class CachedLayers(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Shape (n_texts, n_tokens) to (n_texts, n_tokens, hidden_size); zeros where there is padding."""
         kept = (torch.ones_like(input_ids) if self.attention_mask is None else self.attention_mask).bool().cpu()
-        begun, kept = kept.shape[1] - input_ids.shape[1], kept[:, -input_ids.shape[1] :]
-        if begun not in (0, len(self._begun)):
+        n_read = kept.shape[1] - input_ids.shape[1]
+        if n_read not in (0, len(self._begun)):
             raise RuntimeError("Cached layers read on behind one text that all rows share. Use `whole_model` for other caches.")
-        begun = self._begun if begun else ()
+        begun, kept = self._begun[:n_read], kept[:, n_read:]
         texts = [begun + tuple(row[where].tolist()) for row, where in zip(input_ids.cpu(), kept, strict=True)]
         self._begun = texts[0] if len(texts) == 1 and not begun else self._begun
         if new := [text for text in dict.fromkeys(texts) if text not in self._states]:

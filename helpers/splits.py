@@ -41,9 +41,7 @@ def split_rows(
     """
     multi_label = gold.ndim == 2
     if groups.any() and not groups.all():
-        raise BookError(
-            f"{name}: document {int(np.argmax(groups == ''))} has no group, others have. Give every one a group, or none."
-        )
+        raise BookError(f"{name}: document {np.argmax(groups == '')} has no group, others have. Give every one a group, or none.")
     if per_class is not None and (n_train is not None or multi_label):
         raise BookError(f"{name}: per_class goes neither with n_train nor with a multi-label task. Use n_train alone.")
     n_wanted = n_train if n_train is not None else len(labels) * (1 if per_class is None else per_class)

@@ -151,9 +151,10 @@ class InstructionTuned(LoraOptions, instruction.InstructionTuned):
         return {"prompt": [prompt for prompt, _ in examples], "completion": [answer for _, answer in examples]}
 
     def _trainer_class(self) -> type[SFTTrainer]:
-        weighted = type("WeightedTrainer", (PromptLossTrainer,), {"prompt_loss_weight": self.prompt_loss_weight})
+        if self.prompt_loss_weight:
+            return type("WeightedTrainer", (PromptLossTrainer,), {"prompt_loss_weight": self.prompt_loss_weight})
         usual = super()._trainer_class()
-        return weighted if self.prompt_loss_weight else SharedPrefixTrainer if usual is instruction.LabelTokensTrainer else usual
+        return SharedPrefixTrainer if usual is instruction.LabelTokensTrainer else usual
 
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
         with whole_model(self.model):  # labels are read over a cache of all layers

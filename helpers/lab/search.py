@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from helpers.approach import Approach
 from helpers.bootstrap import scores
+from helpers.checkpoints import write_whole
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, best_thresholds
 from helpers.tasks import Task
@@ -93,7 +94,7 @@ class BestEpochOption:
 def fit(approach: Approach, task: Task) -> list[dict]:
     """Fit in place, the time for validation left out of `training_seconds`; returns what `BestEpoch` saw, nothing without it."""
     approach.fit(task)
-    epochs = [each for callback in getattr(approach, "callbacks", ()) for each in callback.epochs]
+    epochs = [each for callback in approach.callbacks for each in callback.epochs]
     approach.training_seconds -= sum(each["seconds"] for each in epochs)
     return epochs
 
@@ -126,9 +127,7 @@ def search(kind: type[Approach], settings: dict, task: Task, folder: Path) -> tu
             shutil.rmtree(folder / "best", ignore_errors=True)
             (folder / "new").rename(folder / "best")
         tried.append(row)
-        written = notes.with_suffix(".tmp")
-        written.write_text(json.dumps(tried), encoding="utf-8")
-        written.replace(notes)
+        write_whole(notes, json.dumps(tried))
     return kind.load(folder / "best"), tried
 
 
@@ -154,11 +153,12 @@ def at_edge(grid: dict[str, list], tried: list[dict], beyond: int = BEYOND) -> d
         numbers = all(type(value) in (int, float) and value > 0 for value in values)
         if not numbers or not 2 <= len(values_tried) < len(values) + beyond:
             continue
-        least, second, *_ = ordered = sorted(values_tried)
-        edges = {least: least * least / second, ordered[-1]: ordered[-1] ** 2 / ordered[-2]}
-        if best[name] in edges:
-            value = type(values[0])(float(f"{edges[best[name]]:.3g}"))  # whole numbers stay whole
-            found |= {name: best | {name: value}} if value and value not in values_tried else {}
+        ordered = sorted(values_tried)
+        outside = {ordered[0]: ordered[0] ** 2 / ordered[1], ordered[-1]: ordered[-1] ** 2 / ordered[-2]}
+        if best[name] in outside:
+            value = type(values[0])(float(f"{outside[best[name]]:.3g}"))  # whole numbers stay whole
+            if value and value not in values_tried:
+                found[name] = best | {name: value}
     return found
 
 

@@ -34,6 +34,7 @@ from sklearn.model_selection import ParameterGrid
 from tqdm.auto import tqdm
 
 from helpers import base_models, corpora, downloads, profiles, records, tasks
+from helpers.checkpoints import write_whole
 from helpers.errors import BookError, unknown_name
 from helpers.evaluation import Predictions, evaluate, measure
 from helpers.lab import search
@@ -86,9 +87,7 @@ def append(path: str | Path, record: dict) -> bool:
         if any(record["key"] == each["key"] for each in before):
             return False
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[: len(before)] if before else []
-        written = path.with_name(f"{path.name}.tmp")
-        written.write_text("".join(f"{line}\n" for line in [*lines, _line(record)]), encoding="utf-8")
-        written.replace(path)
+        write_whole(path, "".join(f"{line}\n" for line in [*lines, _line(record)]))
     return True
 
 
