@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 PALETTE = "colorblind"
+_LOOKS = {"fmt": "o", "color": "C0"}, {"fmt": "D", "color": "C1"}  # approach 1 and approach 2
 
 
 def set_style() -> None:
@@ -23,13 +24,13 @@ def set_style() -> None:
 def dot_plot(results: pd.DataFrame, metric: str = "accuracy", highlight: tuple[str, ...] = ()) -> plt.Figure:
     """A dot with its 95 % interval for each row of `evaluation.table`, in its order, in percent.
 
-    `metric` has `_low` and `_high` beside it. Approaches to `highlight` are filled and in colour, the others hollow.
+    `metric` has `_low` and `_high` beside it. `highlight`: a head and an instruction, in their colours; the others are hollow.
     """
     set_style()
     figure, axes = plt.subplots(figsize=(7, 0.55 * len(results) + 1.2), layout="constrained")
     for position, (name, row) in enumerate(results.iterrows()):
         value, below, above = row[metric], row[metric] - row[f"{metric}_low"], row[f"{metric}_high"] - row[metric]
-        look = {"fmt": "o", "color": "C0"} if name in highlight else {"fmt": "s", "color": "0.35", "markerfacecolor": "white"}
+        look = _LOOKS[highlight.index(name)] if name in highlight else {"fmt": "s", "color": "0.35", "markerfacecolor": "white"}
         axes.errorbar(value, position, xerr=[[below], [above]], markersize=9, capsize=4, linewidth=2, **look)
         axes.annotate(f"{value:.1f}", (value, position), xytext=(0, 9), textcoords="offset points", ha="center")
     axes.set(yticks=range(len(results)), yticklabels=results.index, ylim=(len(results) - 0.4, -0.7))
@@ -41,11 +42,10 @@ def dot_plot(results: pd.DataFrame, metric: str = "accuracy", highlight: tuple[s
 
 def with_alt_text(figure: plt.Figure, alt_text: str) -> HTML:
     """The figure as an image that carries its own alt text, for Jupyter, Colab and the site alike."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
+    figure.savefig(drawn := io.BytesIO(), format="png", dpi=110)
     plt.close(figure)
     few = Image.open(drawn).convert("RGB").quantize(method=Image.Quantize.FASTOCTREE)  # a quarter of the bytes, rare colours kept
-    few.save(small, format="png", optimize=True)
+    few.save(small := io.BytesIO(), format="png", optimize=True)
     data = base64.b64encode(small.getvalue()).decode()
     return HTML(f'<img src="data:image/png;base64,{data}" alt="{escape(alt_text)}" style="max-width:100%">')
 
