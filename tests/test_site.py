@@ -26,6 +26,7 @@ HOSTS = {
     "github.com",
     "huggingface.co",
     "onnxruntime.ai",
+    "thinkingmachines.ai",
     "unicode.org",
     "www.apache.org",
     "www.wipo.int",
