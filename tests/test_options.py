@@ -33,6 +33,15 @@ def first_token_moves(model, **padding):
     return float((hidden[0, 0] - hidden[1, 0]).abs().max())
 
 
+def test_a_head_reads_the_instruction_that_names_its_labels(tiny_model, tiny_task):
+    options = {"base_model": tiny_model, "n_layers": 1, "epochs": 1}
+    head = EmbeddingHead(**options, prefix="One of {labels}: ", suffix="\nlabel:").fit(tiny_task)
+    assert head._prompts(["the goal"]) == [f"One of {', '.join(tiny_task.labels)}: the goal\nlabel:"]
+    plain = EmbeddingHead(**options, suffix="\nlabel:").fit(tiny_task)
+    assert plain._prompts(["the goal"]) == ["the goal\nlabel:"]
+    assert np.abs(head.predict_proba(["the goal"]) - plain.predict_proba(["the goal"])).max() > 1e-4
+
+
 @pytest.mark.parametrize("padding", [{}, {"attention_mask": torch.tensor([[1, 1, 1, 1]] * 2)}])
 def test_without_the_causal_mask_early_tokens_see_late_ones(tiny_model, padding):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()

@@ -51,9 +51,14 @@ class LoraOptions(BestEpochOption):
 
 @dataclass
 class EmbeddingHead(LoraOptions, embedding_head.EmbeddingHead):
-    """The embedding head, with `causal=False` without the causal mask (`bidirectional`)."""
+    """The embedding head, with `causal=False` without the causal mask (`bidirectional`), and with an instruction as `prefix`."""
 
     causal: bool = True
+    prefix: str = ""  # before the document, as for `InstructionTuned`
+
+    def _prompts(self, texts: list[str]) -> list[str]:
+        before = self.prefix.replace("{labels}", ", ".join(self.labels))
+        return prompts.sanitize_prompts(texts, self.tokenizer, before, self.suffix)
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = super()._load_base()
