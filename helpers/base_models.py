@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig
 from transformers import (
     AutoConfig,
@@ -44,22 +45,26 @@ EMBEDDED = {  # the packages of each; a file that is spread over several is join
 }
 _UNPACKED = 8  # times the size of its packages: what a GGUF file takes, joined and with float32 weights beside it
 
+_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
 # Tokens that well-known tokenizers keep for nothing else; tried in this order when padding is not set.
 _SPARE_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|endoftext|>", "<unk>")
 
-# The shapes of well-known models, so that parameters and bytes can be counted without a download or a licence.
+# The shapes of well-known models, so that parameters and bytes can be counted without a download or a licence: those of the
+# chapters' tables, and more for `python -m helpers.lab.memory`.
 _SHAPES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-SHAPES = {name: AutoConfig.for_model(**shape) for name, shape in _SHAPES.items()}
+SHAPES, MORE_SHAPES = ({name: AutoConfig.for_model(**shape) for name, shape in of.items()} for of in _SHAPES)
 
 
-def fetch(name: str = DEFAULT) -> str:
+def fetch(name: str = DEFAULT, files: tuple[str, ...] = _FILES) -> str:
     """The folder to hand to any `from_pretrained`, with config, tokenizer and safetensors weights in it.
 
     Args:
         name: an embedded model (`EMBEDDED`), a local folder, or a hub id with a slash in it.
+        files: what is fetched from the hub.
 
     Raises:
-        BookError: no such name, a folder without a model, a hub or an index that cannot be reached, no room on the disk.
+        BookError: no such name, a gated model, a folder without one, a hub or an index out of reach, no room on the disk.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -71,12 +76,15 @@ def fetch(name: str = DEFAULT) -> str:
     if "/" not in name:
         raise unknown_name("base model", name, EMBEDDED)
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        return snapshot_download(name, allow_patterns=[*files])
+    except GatedRepoError as error:
+        how = f"accept its licence at https://huggingface.co/{name}, then log in with `hf auth login` or set HF_TOKEN"
+        raise BookError(f"{name} is gated, and the hub does not know you or your consent: {how}.") from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise BookError(
-            f"There is no folder {name}, and the hub gives no such model ({reason}). Check the name, accept the model's licence "
-            f"and log in (`hf auth login`) if it is gated, or use {DEFAULT}, which needs no hub."
+            f"There is no folder {name}, and the hub gives no such model ({reason}). Check the name, log in (`hf auth login`) if "
+            f"it is gated, or use {DEFAULT}, which needs no hub."
         ) from error
 
 
@@ -112,9 +120,11 @@ def load(name: str = DEFAULT, kind: type = AutoModelForCausalLM, precision: str 
         precision: see `profiles.current`.
         options: of `from_pretrained`, such as `num_labels=5`.
     """
-    profile = profiles.current(precision)
+    profile, folder = profiles.current(precision), fetch(name)
+    if profile.dtype == torch.float16 and AutoConfig.from_pretrained(folder).model_type.startswith("gemma"):
+        raise BookError(f"{name} overflows in float16, in which this GPU computes: use precision='float32', or another model.")
     model = kind.from_pretrained(
-        fetch(name),
+        folder,
         dtype=profile.dtype,
         quantization_config=profile.quantization,
         device_map=profile.device,
@@ -175,8 +185,9 @@ def check_n_layers(n_layers: int | None, total: int) -> None:
 
 
 def shape_of(name: str) -> PreTrainedConfig:
-    """The configuration of a base model: a key of `SHAPES`, or anything that `fetch` takes."""
-    return copy.deepcopy(SHAPES[name]) if name in SHAPES else AutoConfig.from_pretrained(fetch(name))
+    """The configuration of a base model: a key of `SHAPES` or `MORE_SHAPES`, or what `fetch` takes, without its weights."""
+    known = SHAPES | MORE_SHAPES
+    return copy.deepcopy(known[name]) if name in known else AutoConfig.from_pretrained(fetch(name, ("config.json",)))
 
 
 def on_meta(shape: str | PreTrainedConfig, n_labels: int | None = None) -> PreTrainedModel:

@@ -49,10 +49,11 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def trainer_options(profile: Profile) -> dict:
-    """What every training has in common: a tenth of warm-up, autocast where the base computes in bfloat16, no printing."""
+    """What every training has in common: a tenth of warm-up, autocast where the base computes in 16 bits, no printing."""
     return {
         "warmup_steps": 0.1,
         "bf16": profile.dtype == torch.bfloat16,
+        "fp16": profile.dtype == torch.float16,
         "use_cpu": profile.device == "cpu",
         "logging_strategy": "no",
         "disable_tqdm": True,

@@ -75,7 +75,7 @@ def train_classifier(
 
     Args:
         gold: label numbers; for a multi-label model lists of zeros and ones.
-        precision: of the base model, see `profiles.current`; where its dtype is bfloat16, training computes in it (autocast).
+        precision: of the base model, see `profiles.current`; where its dtype has 16 bits, training computes in it (autocast).
         trainer: more arguments of the `Trainer`, such as `callbacks`, or `compute_loss_func` instead of the model's own loss.
         options: of `TrainingArguments`; `output_dir` is needed.
     """

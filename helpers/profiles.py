@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import datasets
 import torch
 import transformers
+from bitsandbytes import cextension
 from transformers import BitsAndBytesConfig
 
 from helpers.errors import BookError, unknown_name
 
 PROFILE_VARIABLE = "BOOK_PROFILE"
+PRECISIONS = ("nf4", "bfloat16", "float32")  # of a base model's weights
 
 
 @dataclass(frozen=True)
@@ -37,32 +39,44 @@ def current(precision: str | None = None) -> Profile:
     """The profile for this machine, or the one BOOK_PROFILE names.
 
     Args:
-        precision: `nf4`, `bfloat16` or `float32` for the base model's weights, instead of what the profile says.
+        precision: one of `PRECISIONS`, instead of what the profile says.
 
     Raises:
-        BookError: an unknown profile or precision, or the full profile where there is no GPU.
+        BookError: an unknown profile or precision, or the full profile where there is no GPU or no bitsandbytes for it.
     """
-    gpu = torch.cuda.is_available()
-    name = os.environ.get(PROFILE_VARIABLE) or ("full" if gpu else "quick")
-    if name not in ("quick", "full"):
-        raise unknown_name("profile", name, ("quick", "full"))
-    if precision not in (None, "nf4", "bfloat16", "float32"):
-        raise unknown_name("precision", precision, ("nf4", "bfloat16", "float32"))
-    if name == "full" and not gpu:
-        raise BookError(f"{PROFILE_VARIABLE}=full needs a CUDA GPU and none is visible. Unset it to run the quick profile.")
+    name = os.environ.get(PROFILE_VARIABLE) or ("full" if torch.cuda.is_available() else "quick")
+    for what, value, known in (("profile", name, ("quick", "full")), ("precision", precision or "nf4", PRECISIONS)):
+        if value not in known:
+            raise unknown_name(what, value, known)
+    quantized = precision == "nf4" or (precision is None and name == "full")
     if name == "quick":
         device, dtype, attention, products = "cpu", torch.float32, "eager", "medium"
     else:
-        # Without native bfloat16 (a T4, say) float32 is the safe choice: float16 overflows in some models and needs loss scaling.
+        check_cuda(quantized)
+        # A T4 emulates bfloat16, slowly, so it computes in float16; what is trained is float32 there too, its gradients scaled.
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        device, dtype, attention, products = "cuda", torch.bfloat16 if native else torch.float32, "sdpa", "highest"
+        device, dtype, attention, products = "cuda", torch.bfloat16 if native else torch.float16, "sdpa", "highest"
     quantization = None
-    if precision == "nf4" or (precision is None and name == "full"):
+    if quantized:
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         quantization = BitsAndBytesConfig(load_in_4bit=True, **options)
     elif precision:
         dtype = getattr(torch, precision)
     return Profile(name, device, dtype, quantization, attention, products)
+
+
+def check_cuda(quantized: bool) -> None:
+    """Raise a BookError that says why if CUDA cannot be used here or, for a `quantized` model, bitsandbytes cannot."""
+    if not torch.cuda.is_available():
+        try:
+            reason = torch.cuda.init() or "PyTorch gives no reason"
+        except (AssertionError, RuntimeError) as error:  # a build for CPUs, no driver, a driver that is too old
+            reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        needed = f"{PROFILE_VARIABLE}=full needs a CUDA GPU and none is visible ({reason})"
+        raise BookError(f"{needed}. Unset it to run the quick profile.")
+    if quantized and not cextension.lib.compiled_with_cuda:
+        failed = f"bitsandbytes cannot load its library for CUDA {torch.version.cuda}: update the GPU's driver"
+        raise BookError(f"{failed} (`python -m bitsandbytes` says more), or set {PROFILE_VARIABLE}=quick.")
 
 
 @contextmanager

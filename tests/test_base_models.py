@@ -3,9 +3,11 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, get_peft_model
 from sklearn.metrics.pairwise import cosine_similarity
 from transformers import (
@@ -102,6 +104,27 @@ def test_hub_id_gives_the_snapshot_in_the_hub_cache(hub, tiny_model):
 def test_hub_that_is_out_of_reach(hub):
     message = refusal("org/not-here")
     assert "org/not-here" in message and "hf auth login" in message and DEFAULT in message
+
+
+def test_a_gated_model_without_a_token_is_named_with_its_page(monkeypatch):
+    def refuse(name, **options):
+        answer = httpx.Response(401, request=httpx.Request("GET", f"https://huggingface.co/{name}/resolve/main/config.json"))
+        raise GatedRepoError("401 Client Error. Cannot access gated repo\nYou must have access to it", response=answer)
+
+    monkeypatch.setattr(base_models, "snapshot_download", refuse)
+    wanted = (
+        "accept its licence at https://huggingface.co/meta-llama/Llama-3.1-8B, then log in with `hf auth login` or set HF_TOKEN."
+    )
+    assert refusal("meta-llama/Llama-3.1-8B").endswith(wanted)
+
+
+def test_a_shape_is_known_before_any_weights_are_fetched(monkeypatch, tiny_model):
+    def only_the_configuration(name, allow_patterns):
+        assert allow_patterns == ["config.json"]
+        return tiny_model
+
+    monkeypatch.setattr(base_models, "snapshot_download", only_the_configuration)
+    assert base_models.shape_of("org/name").num_hidden_layers == 2
 
 
 def test_embedded_tokenizer_pads_with_another_token_than_it_ends_with():
@@ -229,7 +252,7 @@ def test_batches_cover_every_row_once_longest_first(side, batch_size):
     assert lengths == sorted(lengths, reverse=True)
 
 
-PARAMETERS = {  # as published with the models
+PARAMETERS = {  # as published with the models; of Gemma-3-4B the part that reads
     "Qwen3-0.6B": 596_049_920,
     "Llama-3.2-1B": 1_235_814_400,
     "Qwen3-1.7B": 1_720_574_976,
@@ -237,10 +260,13 @@ PARAMETERS = {  # as published with the models
     "Mistral-7B": 7_248_023_552,
     "Llama-3.1-8B": 8_030_261_248,
     "Qwen3-8B": 8_190_735_360,
+    "Gemma-3-1B": 999_885_952,
+    "Qwen3-4B": 4_022_468_096,
+    "Gemma-3-4B": 3_880_263_168,
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SHAPES | base_models.MORE_SHAPES)
 def test_shapes_have_the_published_number_of_parameters(name):
     model = on_meta(name)
     assert model.num_parameters() == PARAMETERS[name]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 from helpers import base_models
 from helpers.errors import BookError
 from helpers.lab import benchmark, memory
-from helpers.lab.memory import UPPER, BytesAlive, Recipe, allocated, check_fits, count_step, held
+from helpers.lab.memory import UPPER, BytesAlive, Recipe, allocated, check_fits, count_step, held, largest_batches
 from helpers.lab.sweeps import load_sweep
 from helpers.records import read
 
@@ -149,14 +150,28 @@ def test_what_each_step_of_a_recipe_saves():
     assert small["optimizer"] * 4 == count_step(name, "head", **options)["optimizer"]
 
 
+def test_operations_are_those_of_the_matrix_products():
+    layer = torch.nn.Linear(100, 50, bias=False)
+    with BytesAlive(layer) as alive:
+        layer(torch.ones(10, 100, requires_grad=True)).sum().backward()
+    assert alive.operations == 3 * 2 * 10 * 100 * 50  # forward, and the gradients of the input and of the weights
+    head = [count_step("Qwen3-0.6B", "head", batch_size=n, length=128, recipe=UPPER)["operations"] for n in (1, 2)]
+    shape = base_models.on_meta("Qwen3-0.6B")
+    linear = sum(each.weight.numel() for each in shape.model.layers.modules() if isinstance(each, torch.nn.Linear))
+    assert head[1] == pytest.approx(2 * head[0], rel=0.01)
+    assert head[0] == pytest.approx(2 * 128 * linear * (1 + 10 / 28), rel=0.1)  # one pass, and one more through ten blocks
+
+
 def test_the_largest_batch_fits_and_one_more_is_refused(shape):
     options = {"length": 64, "recipe": Recipe(checkpointing=False)}
     with pytest.raises(BookError, match="there are 0.1 GB. A batch of [0-9]+ would fit, or switch checkpointing on.$") as refused:
         check_fits(shape, "head", 100e6, batch_size=1000, **options)
     n = int(re.search("batch of ([0-9]+)", str(refused.value))[1])
     check_fits(shape, "head", 100e6, batch_size=n, **options)
-    with pytest.raises(BookError, match=rf"{n + 1} documents of 64 tokens needs about 0.1 GB for head.*A batch of {n} would fit"):
-        check_fits(shape, "head", 100e6, batch_size=n + 1, **options)
+    with pytest.raises(BookError, match=rf"{2 * n} documents of 64 tokens needs about .* GB for head.*A batch of {n} would fit"):
+        check_fits(shape, "head", 100e6, batch_size=2 * n, **options)
+    some = [100e6, 1e6, 1e9]
+    assert largest_batches(shape, "head", some, **options) == [n, 0, 64]
     with pytest.raises(BookError, match="Not even one document fits: take a smaller model or shorter documents.$"):
         check_fits(shape, "head", 1e6, batch_size=1, length=64)
 
@@ -265,6 +280,63 @@ def test_a_file_that_is_no_benchmark_is_refused(tmp_path, changed, message):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({name: value for name, value in sweep.items() if value is not None}))
     with pytest.raises(SystemExit, match=re.escape(message)):
         benchmark.main([str(tmp_path / "bad.yaml")])
+
+
+def test_one_command_says_what_fits_and_how_fast(capsys):
+    memory.main(["--model", "Qwen/Qwen3-0.6B-Base", "--gpu", "T4", "--length", "64"])
+    said = capsys.readouterr().out
+    assert "Qwen3-0.6B: 0.60 billion parameters, 1.2 GB to download. T4 of 16 GiB: 14.6 GB are counted on." in said
+    rows = re.findall(r"^(head|instruction), (\D+?) +([\d.]+) +(\d+) +([\d.]+)$", said, re.M)
+    assert [row[:2] for row in rows] == [(kind, way) for kind in memory.TASK_TYPES for way in memory.WAYS]
+    for kind, way, gigabytes, _, _ in rows:
+        step = count_step("Qwen3-0.6B", kind, batch_size=1, length=64, recipe=memory.WAYS[way])
+        assert f"{step['peak'] / 1e9:.1f}" == gigabytes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "Qwen3-5B", "--gpu", "8"], "There is no base model 'Qwen3-5B'. Did you mean 'Qwen3-8B'?"),
+        (["--model", "Qwen3-8B", "--gpu", "T44"], "There is no card 'T44'. Did you mean 'T4'?"),
+        (
+            ["--model", "Qwen3-8B"],
+            "No CUDA GPU is visible here. Say which card to count for: --gpu T4, or --gpu 16 for one of 16 GiB.",
+        ),
+        (["--model", "org/unknown", "--gpu", "8"], "org/unknown is gated: accept"),
+        (["--model", "Qwen3-0.6B", "--gpu", "8", "--length", "99999"], "takes 32768 tokens"),
+    ],
+)
+def test_the_command_refuses_in_one_line(monkeypatch, given, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(base_models, "fetch", refuse_as_gated)
+    with pytest.raises(SystemExit) as left:
+        memory.main(given)
+    assert message in str(left.value) and "\n" not in str(left.value)
+
+
+def refuse_as_gated(name, files):
+    raise BookError(f"{name} is gated: accept its licence")
+
+
+def test_a_card_that_is_too_small_is_told_what_fits_before_any_download(monkeypatch, shape):
+    monkeypatch.setattr(base_models, "SHAPES", {"Llama-3.1-8B": base_models.shape_of("Llama-3.1-8B")})
+    monkeypatch.setattr(base_models, "MORE_SHAPES", {"small": base_models.shape_of(shape)})
+    monkeypatch.setattr(memory, "WAYS", {"all blocks": Recipe(n_layers=3)})
+    with pytest.raises(SystemExit) as left:
+        memory.main(["--model", "meta-llama/Llama-3.1-8B", "--gpu", "4", "--length", "64"])
+    assert re.fullmatch(
+        r"Llama-3.1-8B does not fit on a card of 4 GiB: a document of 64 tokens needs [4-6]\.\d GB, 3\.7 GB are counted on\. "
+        r"Models that do: small\.",
+        str(left.value),
+    )
+
+
+def test_the_card_that_is_here_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L40S")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=45 * 2**30))
+    monkeypatch.setattr(memory.profiles, "check_cuda", lambda quantized: None)
+    assert memory.card(None) == ("NVIDIA L40S of 45 GiB", 0.85 * 45 * 2**30, 362e12)
 
 
 def test_models_for_a_gpu_need_one(monkeypatch, shape):

@@ -1,5 +1,10 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import BOOK
 
 from helpers import profiles
 from helpers.errors import BookError
@@ -25,9 +30,14 @@ def test_quick_can_be_asked_for_on_a_gpu(monkeypatch):
     assert profiles.current().device == "cpu"
 
 
-@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_full_is_four_bit_and_computes_in_bfloat16_where_the_gpu_does(monkeypatch, native, dtype):
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(profiles.cextension.lib, "compiled_with_cuda", True, raising=False)
+
+
+@pytest.mark.parametrize("native, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_full_is_four_bit_and_computes_in_16_bits(monkeypatch, gpu, native, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     monkeypatch.delenv("BOOK_PROFILE", raising=False)
     profile = profiles.current()
@@ -58,6 +68,55 @@ def test_full_without_a_gpu_is_refused(monkeypatch):
     with pytest.raises(BookError, match="BOOK_PROFILE=full needs a CUDA GPU") as caught:
         profiles.current()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled"),
+        (
+            RuntimeError(
+                "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading\n"
+                "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+            ),
+            "The NVIDIA driver on your system is too old (found version 11040)",
+        ),
+    ],
+)
+def test_why_there_is_no_gpu_is_said_in_one_line(monkeypatch, said, shown):
+    def init():
+        raise said
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setenv("BOOK_PROFILE", "full")
+    with pytest.raises(BookError) as caught:
+        profiles.current()
+    wanted = f"BOOK_PROFILE=full needs a CUDA GPU and none is visible ({shown}). Unset it to run the quick profile."
+    assert str(caught.value) == wanted
+
+
+def test_a_driver_that_is_too_old_for_bitsandbytes_is_named_where_something_is_quantized(monkeypatch, gpu):
+    monkeypatch.setattr(profiles.cextension.lib, "compiled_with_cuda", False, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.delenv("BOOK_PROFILE", raising=False)
+    with pytest.raises(BookError, match="^bitsandbytes cannot load its library for CUDA .*: update the GPU's driver .*quick.$"):
+        profiles.current()
+    assert profiles.current("bfloat16").quantization is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "visible"),
+    [
+        ({}, "0"),
+        ({"CUDA_VISIBLE_DEVICES": "1"}, "1"),
+        ({"LOCAL_RANK": "1"}, None),  # a launcher of several processes
+    ],
+)
+def test_of_two_gpus_one_is_used_unless_somebody_chose(variables, visible):
+    code = "import os, helpers; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    rest = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK")}
+    said = subprocess.run([sys.executable, "-c", code], env=rest | variables, cwd=BOOK.parent, capture_output=True, text=True)
+    assert said.stdout.strip() == str(visible)
 
 
 def test_start_prints_the_profile_and_seeds(monkeypatch, capsys):

@@ -23,6 +23,9 @@ import torch
 
 BOOK = Path(__file__).resolve().parents[2]  # the folder that holds `helpers`
 sys.path.insert(0, str(BOOK))
+os.environ.setdefault(  # all GPUs: a worker gets one of them
+    "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+)
 
 from helpers import profiles, tasks  # noqa: E402
 from helpers.approach import Approach  # noqa: E402

@@ -1,23 +1,31 @@
-"""Bytes of a training step: counted before anything is loaded, and what the allocator says (chapter 09)."""
+"""Bytes of a training step: counted before anything is loaded, and what the allocator says (chapter 09).
 
-import bisect
+python -m helpers.lab.memory --model Llama-3.1-8B --gpu T4
+"""
+
+import argparse
 import contextlib
 import copy
 import functools
 import itertools
+import json
 import os
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from helpers import base_models, profiles
@@ -31,6 +39,12 @@ N_LABELS = 5  # of a head that is counted
 BLOCKS = 2  # a step is made with so many blocks and with one more; each further one costs what that one does
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # half a byte a weight, an 8-bit scale for 64, a 32-bit one for 256 scales
 OPTIMIZER_BYTES = {"adamw_torch_fused": 8, "adamw_torch": 8, "adamw_8bit": 2}  # a trained weight
+
+# GiB of well-known cards, and their 10¹² operations a second: 16-bit products on tensor cores with float32 sums, not sparse, as
+# the makers give them.
+CARDS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+COUNTED_ON = 0.85  # of a card's nominal memory: cards report less, and the CUDA context and the allocator's gaps come on top
+REACHED = 0.35  # of those: what 8 billion parameters reached at most on an H200, eight documents of 512 tokens a step
 
 
 @dataclass(frozen=True)
@@ -55,21 +69,24 @@ class Recipe:
 
 # How `EmbeddingHead` and `InstructionTuned` train: fewer blocks instead of checkpointing.
 UPPER = Recipe(checkpointing=False, n_layers=10)
+WAYS = {"upper ten blocks": UPPER, "all blocks, checkpointing": Recipe()}
 
 
 class BytesAlive(TorchDispatchMode):
     """Counts the bytes that operations make, until they are freed: `now`, and at most `peak`; what `model` holds does not count.
 
-    Fake tensors (`FakeTensorMode`: a shape and no memory) count like real ones.
+    And `operations`, those of matrix products. Fake tensors (`FakeTensorMode`: a shape and no memory) count like real ones.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self._storages = {each.untyped_storage()._cdata: 0 for each in [*model.parameters(), *model.buffers()]}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         made = function(*arguments, **(options or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.operations += count(*arguments, **(options or {}), out_val=made)
         for storage in [each.untyped_storage() for each in tree_iter(made) if isinstance(each, torch.Tensor)]:
             if storage._cdata not in self._storages:
                 self._storages[storage._cdata] = storage.nbytes()
@@ -169,9 +186,10 @@ def count_step(
 
     Returns:
         `weights` (frozen), `adapters`, `optimizer`; `activations`, what the forward pass keeps for the backward pass;
-        `temporary`, what there is beyond that at the worst moment, gradients among it; `peak`, the sum.
+        `temporary`, what there is beyond that at the worst moment, gradients among it; `peak`, the sum. And `operations`: the
+        multiplications and additions of its matrix products, attention left out.
     """
-    for what, value, known in (("approach", approach, TASK_TYPES), ("precision", precision, ("nf4", "bfloat16", "float32"))):
+    for what, value, known in (("approach", approach, TASK_TYPES), ("precision", precision, profiles.PRECISIONS)):
         if value not in known:
             raise unknown_name(what, value, known)
     config = base_models.shape_of(shape)
@@ -183,7 +201,7 @@ def count_step(
     n_logits = length if recipe.loss == "all" else label_tokens
 
     def step_of(n_blocks: int, n_adapted: int) -> np.ndarray:
-        """Frozen and trained bytes, trained weights, what the forward pass keeps; the most bytes of either pass."""
+        """Frozen and trained bytes, trained weights, what the forward pass keeps, operations; the most bytes of either pass."""
         model = _without_weights(config, n_blocks, approach, precision)
         model = adapted(model, approach, precision, rank, replace(recipe, n_layers=n_adapted))
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -200,27 +218,35 @@ def count_step(
                 alive.peak = kept
             with alive:
                 loss.backward()
-            return np.array([*held(model), model.get_nb_trainable_parameters()[0], kept, forward, alive.peak])
+            n_trained = model.get_nb_trainable_parameters()[0]
+            return np.array([*held(model), n_trained, kept, alive.operations, forward, alive.peak])
 
     fewer, more = step_of(BLOCKS, BLOCKS), step_of(BLOCKS + 1, BLOCKS + 1)
     step = fewer + (upper - BLOCKS) * (more - fewer)
     if upper < total:
         step += (total - upper) * (step_of(BLOCKS + 1, BLOCKS) - fewer)
-    weights, adapters, n_trained, activations, *phases = step.tolist()
+    weights, adapters, n_trained, activations, operations, *phases = step.tolist()
     counted = {"weights": weights, "adapters": adapters, "optimizer": n_trained * OPTIMIZER_BYTES[recipe.optim]}
     counted |= {"activations": activations, "temporary": max(*phases, adapters) - activations}  # gradients
-    return counted | {"peak": sum(counted.values())}
+    return counted | {"peak": sum(counted.values()), "operations": operations}
+
+
+def largest_batches(shape: str, approach: str, memory: list[float], **options) -> list[int]:
+    """The most documents whose step needs at most so many bytes, of the powers of two up to 64; 0 if not even one fits.
+
+    Bytes are counted for 1 and for 64 documents, and in between lie below a straight line, by 1 %; `options` of `count_step`.
+    """
+    one, most = (count_step(shape, approach, batch_size=n, **options)["peak"] for n in (1, 64))
+    peaks = {n: one + (most - one) * (n - 1) / 63 for n in (1, 2, 4, 8, 16, 32, 64)}
+    return [max((n for n, peak in peaks.items() if peak <= each), default=0) for each in memory]
 
 
 def check_fits(shape: str, approach: str, memory: float, *, batch_size: int, **options) -> None:
     """Raise a BookError that says what would fit if a step needs more than `memory` bytes; `options` of `count_step`."""
-
-    def needs(n: int) -> int:
-        return count_step(shape, approach, batch_size=n, **options)["peak"]
-
-    if (needed := needs(batch_size)) <= memory:
+    needed = count_step(shape, approach, batch_size=batch_size, **options)["peak"]
+    if needed <= memory:
         return
-    fits = bisect.bisect(range(1, batch_size), memory, key=needs)
+    fits = min(*largest_batches(shape, approach, [memory], **options), batch_size - 1)
     advice = f"A batch of {fits} would fit" if fits else "Not even one document fits: take a smaller model or shorter documents"
     if not options.get("recipe", Recipe()).checkpointing:
         advice += ", or switch checkpointing on"
@@ -228,3 +254,59 @@ def check_fits(shape: str, approach: str, memory: float, *, batch_size: int, **o
         f"{shape} with {batch_size} documents of {options['length']} tokens needs about {needed / 1e9:.1f} GB for {approach}, "
         f"there are {memory / 1e9:.1f} GB. {advice}."
     )
+
+
+def card(gpu: str | None) -> tuple[str, float, float]:
+    """Name, bytes to count on, operations a second (nan: not known) of a card of `CARDS`, of so many GiB, or (None) of this one.
+
+    BookError: there is no such card; or it is this one, and CUDA or bitsandbytes does not work here.
+    """
+    if gpu is None:
+        if not torch.cuda.is_available():
+            raise BookError("No CUDA GPU is visible here. Say which card to count for: --gpu T4, or --gpu 16 for one of 16 GiB.")
+        profiles.check_cuda(quantized=True)
+        gpu, gib = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+        tera = next((CARDS[name]["tera"] for name in CARDS if name in gpu), np.nan)
+    elif gpu.isdigit():
+        gpu, gib, tera = "a card", int(gpu), np.nan
+    else:
+        if gpu not in CARDS:
+            raise unknown_name("card", gpu, CARDS)
+        gib, tera = CARDS[gpu].values()
+    return f"{gpu} of {gib:.0f} GiB", COUNTED_ON * gib * 2**30, 1e12 * tera
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Count what it takes to train a model on a card, before anything is downloaded."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.lab.memory", description=main.__doc__)
+    parser.add_argument("--model", required=True, help="such as Qwen3-0.6B; or a hub id, or a folder")
+    parser.add_argument("--gpu", help=f"GiB, or one of: {', '.join(CARDS)} (default: the one that is here)")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a document (default: %(default)s)")
+    given, shapes, rows = parser.parse_args(arguments), base_models.SHAPES | base_models.MORE_SHAPES, {}
+    profiles.quiet()
+    try:
+        where, memory, speed = card(given.gpu)
+        name = next((each for each in shapes if each.lower() in given.model.lower()), given.model)
+        if "/" not in name and name not in (known := shapes | base_models.EMBEDDED) and not Path(name).is_dir():
+            raise unknown_name("base model", name, known)
+        for approach, (way, recipe) in itertools.product(TASK_TYPES, WAYS.items()):
+            options = {"length": given.length, "recipe": recipe}
+            one = count_step(name, approach, batch_size=1, **options)
+            (fit,) = largest_batches(name, approach, [memory], **options)
+            row = {"GB for 1 document": one["peak"] / 1e9, "documents that fit": fit}
+            rows[f"{approach}, {way}"] = row | {"documents a second, at most": REACHED * speed / one["operations"]}
+    except BookError as error:
+        sys.exit(str(error))
+    table = pd.DataFrame(rows).T
+    if not table["documents that fit"].any():
+        smaller = [each for each in shapes if count_step(each, "head", batch_size=1, length=given.length)["peak"] <= memory]
+        needs = f"a document of {given.length} tokens needs {table.iloc[:, 0].min():.1f} GB, {memory / 1e9:.1f} GB are counted on"
+        sys.exit(f"{name} does not fit on {where}: {needs}. Models that do: {', '.join(smaller) or 'none that is known here'}.")
+    n = base_models.on_meta(name).num_parameters() / 1e9
+    print(f"{name}: {n:.2f} billion parameters, {2 * n:.1f} GB to download; {where}, {memory / 1e9:.1f} GB are counted on.")
+    print(f"NF4, rank 16, documents of {given.length} tokens. Counted and predicted, not measured:\n")
+    print(table.to_string(float_format="{:.1f}".format, formatters={"documents that fit": "{:.0f}".format}))
+
+
+if __name__ == "__main__":
+    main()
