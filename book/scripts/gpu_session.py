@@ -47,11 +47,16 @@ SHARES = {"steps": 30, "chapters": 25, "fair": 35, "prediction": 10}
 AT_A_TIME = 6  # chapters
 WORKERS = 10  # of the comparison: runs of a small model leave a GPU idle
 SPARE = 15  # seconds at the end of a call, to stop what is running
-# Shapes, recipes and lengths in the order in which they tell most.
+# Lengths, shapes and recipes in the order in which they tell most.
 FIRST = {
-    "shape": ["Llama-3.1-8B", "Qwen3-0.6B", "Llama-3.2-3B"],
-    "name": ["as tutorials have it", "logits of the label only"],
     "length": [512],
+    "shape": ["Llama-3.1-8B", "Qwen3-0.6B", "Llama-3.2-3B"],
+    "name": [
+        "as tutorials have it",
+        "logits of the label only",
+        "batches of like length",  # a head's that comes next to it
+        "no checkpointing",
+    ],
 }
 # What an image with PyTorch for CUDA lacks, or has in another version.
 WHEELS = ["transformers", "peft", "trl", "datasets", "accelerate"]
@@ -194,7 +199,7 @@ def steps(session: Session) -> None:
     sweep = yaml.safe_load((BOOK / "benchmarks/one_gpu.yaml").read_text())
     if session.tiny:
         sweep |= {"shapes": [session.tiny], "lengths": [16], "steps": 3}
-        sweep |= {"recipes": sweep["recipes"][:2], "batch_size": 2, "rank": 2}
+        sweep |= {"recipes": sweep["recipes"][:1], "batch_size": 2, "rank": 2}
     done = [record["key"] for record in read(path)]
     begun = [each["begun"] for each in session.noted("begun.jsonl")]
 
@@ -227,7 +232,7 @@ def chapters(session: Session) -> None:
     running = []
     while (todo or running) and session.left() > 5:
         running = [each for each in running if each.poll() is None]
-        while todo and len(running) < AT_A_TIME:
+        while todo and len(running) < (1 if session.tiny else AT_A_TIME):
             running.append(begin(session, f"chapter:{todo.pop(0)}"))
         time.sleep(0.2)
     stop(running)
@@ -287,7 +292,7 @@ def fair_keys(tiny: str | None = None) -> list[dict]:
         if tiny:
             for settings in (each for way in ways for each in way.values()):
                 settings |= {"n_layers": 1, "epochs": 1}
-                settings |= {"choose": {"learning_rate": [1e-3, 2e-3]}}
+                del settings["choose"]
             sizes = {"per_class": 2, "n_validation": 5, "n_test": 5}
             block = block | {"tasks": [{"bbc-headlines": sizes}]}
             block |= {"seeds": [0]}
@@ -339,8 +344,8 @@ def prediction(session: Session) -> None:
                 documents, labels, model, tokenizer, size
             )
             return
-        side = {"padding_side": "left"} if way == "generation" else {}
-        for _, batch in prompts.batches(documents, tokenizer, size, **side):
+        side = "left" if way == "generation" else "right"
+        for _, batch in prompts.batches(documents, tokenizer, size, side):
             batch = batch.to(model.device)
             if way == "head":
                 model(**batch, use_cache=False).logits.float().cpu()
@@ -412,6 +417,12 @@ def run(session: Session, only: list[str]) -> None:
         print(f"{stage}: {seconds} s of {share:.0f} s, status {code}")
 
 
+def fetch_wheels(wanted: list[str], folder: str) -> None:
+    """Those of the machine's Python, as pip is configured here."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    subprocess.run([*command, *IMAGE, "--dest", folder, *wanted], check=True)
+
+
 def pack(folder: Path, out: Path, limit: int) -> None:
     """Write folder/1, 2, …, each below `limit` MiB and with a start.sh."""
     from helpers import base_models, downloads
@@ -445,10 +456,9 @@ def pack(folder: Path, out: Path, limit: int) -> None:
                 name = f"tokenizer/models/{tokenizer.name}/{path.name}"
                 add(tar, name, path.read_bytes())
         with tempfile.TemporaryDirectory() as wheels:
-            wanted = [pins.get(name.lower(), name) for name in WHEELS]
-            command = [sys.executable, "-m", "pip", "download", "--quiet"]
-            command += ["--no-deps", *IMAGE, "--dest", wheels]
-            subprocess.run([*command, *wanted], check=True)
+            fetch_wheels(
+                [pins.get(each.lower(), each) for each in WHEELS], wheels
+            )
             for wheel in sorted(Path(wheels).glob("*.whl")):
                 archive = zipfile.ZipFile(wheel)
                 for name in archive.namelist():
