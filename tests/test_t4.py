@@ -61,7 +61,10 @@ def test_the_base_is_float16_and_what_is_trained_float32_with_scaled_gradients(t
 
 
 @both_approaches
-def test_float16_learns(t4, kind, tiny_model, tiny_task):
+@pytest.mark.parametrize("scaled", [True, False])  # as the classes do; as a cell that sets `bf16=` alone
+def test_float16_learns(t4, kind, scaled, tiny_model, tiny_task, monkeypatch):
+    if not scaled:
+        monkeypatch.setattr(accelerate.Accelerator, "mixed_precision", "no")
     probabilities = kind(base_model=tiny_model, **SETTINGS).fit(tiny_task).predict_proba(tiny_task.train["text"])
     gold = np.array(tiny_task.train["label"])
     assert -np.log(probabilities[range(len(gold)), gold]).mean() < 0.8 * np.log(3)  # three labels, equally many of each
