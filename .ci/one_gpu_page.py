@@ -19,6 +19,7 @@ MODELS = ["Qwen3-0.6B", "Gemma-3-1B", "Llama-3.2-1B", "Qwen3-1.7B", "Llama-3.2-3
 MODELS += ["Mistral-7B", "Llama-3.1-8B", "Qwen3-8B"]
 GIB = (8, 12, 16, 24, 48, 80)
 TIMED = ("T4", "RTX 3090", "RTX 4090", "A100", "H100")
+LEAST = 0.13  # seconds of the fastest step that the H200 made, of eight documents: on small models kernels wait to be launched
 MEASURED = ("as tutorials have it", "logits of the label only", "no checkpointing", "upper ten blocks")
 
 
@@ -30,7 +31,8 @@ def counted(model: str) -> dict[str, list[str]]:
     one = count_step(model, batch_size=1, recipe=UPPER, **options)
     download = 2 * base_models.on_meta(model).num_parameters() / 1e9
     both = [f"{a or '–'} / {b or '–'}" for a, b in zip(*fits, strict=True)]
-    speeds = [f"{REACHED * 1e12 * CARDS[card]['tera'] / one['operations']:.1f}" for card in TIMED]
+    rates = [REACHED * 1e12 * CARDS[card]["tera"] / one["operations"] for card in TIMED]
+    speeds = [f"{min(rate, 8 / LEAST):.0f}" for rate in rates]
     return {"batches": [model, f"{download:.1f}", f"{one['peak'] / 1e9:.1f}", *both], "speeds": [model, *speeds]}
 
 
@@ -55,13 +57,11 @@ def table(heading: list[str], rows: list[list[str]]) -> str:
 def tables() -> dict[str, str]:
     """All of them, by name."""
     rows = {model: counted(model) for model in MODELS}
-    sizes = [f"{gib} GiB" for gib in GIB]
+    sizes = [*map(str, GIB)]
     return {
-        "batches": table(["model", "download, GB", "one document, GB", *sizes], [rows[model]["batches"] for model in MODELS]),
+        "batches": table(["model", "fetch", "one", *sizes], [rows[model]["batches"] for model in MODELS]),
         "speeds": table(["model", *TIMED], [rows[model]["speeds"] for model in MODELS]),
-        "measured": table(
-            ["model", "approach", "recipe", "measured, GB", "counted / measured", "documents a second"], measured()
-        ),
+        "measured": table(["model", "approach", "recipe", "GB", "counted", "docs / s"], measured()),
     }
 
 

@@ -65,6 +65,11 @@ def test_counted_bytes_hold_on_the_gpu_that_measured_them():
             assert record["counted"]["peak"] > record["peak"]
 
 
+def test_no_step_was_faster_than_is_predicted():
+    fastest = min(min(record["seconds"]) for record in read(BOOK / "benchmarks" / "h200.jsonl"))
+    assert 0.95 * page.LEAST < fastest < 1.05 * page.LEAST
+
+
 @pytest.mark.parametrize("name", ["upper ten blocks", "as tutorials have it"])
 def test_the_gpu_that_was_measured_reached_at_most_what_is_predicted(name):
     for record in read(BOOK / "benchmarks" / "h200.jsonl"):
