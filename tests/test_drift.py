@@ -34,6 +34,9 @@ SNIPPETS = {
     "peft:PeftModel.from_pretrained": "",
     "peft:get_peft_model": "",
     "transformers:AutoModelForSequenceClassification.from_pretrained": "num_labels pad_token_id dtype",
+    "transformers:AutoModelForCausalLM.from_pretrained": "dtype",
+    "transformers:AutoTokenizer.from_pretrained": "",
+    "transformers:Gemma3ForCausalLM": "",
     "transformers:BitsAndBytesConfig": "load_in_4bit llm_int8_skip_modules",
     "transformers:Trainer": "train_dataset eval_dataset",
     "transformers:TrainingArguments": "activation_checkpointing activation_checkpointing_kwargs eval_strategy save_strategy "
