@@ -23,6 +23,7 @@ SHORT = {
     "frozen embedding + probe": "frozen probe",
     "TF-IDF + linear SVM": "TF-IDF + SVM",
     "instruction, labels not named": "instruction, labels named",
+    "head, instruction": "head, instruction read",
 }
 PAPER = ("instruction, labels named", "head, random start")
 FEW, MORE = "headlines, 8 per class", "headlines, 32 per class"
