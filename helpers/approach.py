@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,21 +14,15 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from helpers import base_models, profiles
-from helpers.checkpoints import resumable
+from helpers.checkpoints import resumable, write_whole
 from helpers.errors import BookError, check_texts
 from helpers.evaluation import Predictions, measure
 from helpers.records import DEFAULTS
-from helpers.tasks import Task, gold_of, texts_of
+from helpers.tasks import Task, first_tokens, gold_of, texts_of
 
 SUFFIX = "\n\nThe topic of this article is"
-MODULES = {  # where `Approach.load` finds a class by the name that `save` wrote
-    "Majority": "helpers.baselines",
-    "TfidfSvm": "helpers.baselines",
-    "FrozenProbe": "helpers.baselines",
-    "FineTunedEncoder": "helpers.baselines",
-    "EmbeddingHead": "helpers.embedding_head",
-    "InstructionTuned": "helpers.instruction",
-}
+MODULES = dict.fromkeys(("Majority", "TfidfSvm", "FrozenProbe", "FineTunedEncoder"), "helpers.baselines")
+MODULES |= {"EmbeddingHead": "helpers.embedding_head", "InstructionTuned": "helpers.instruction"}  # where `load` finds a class
 _NOTE = "approach.json"  # what was saved
 
 
@@ -45,6 +39,8 @@ class Approach:
     training_seconds: float = 0.0
     trainable_parameters: int = 0
     callbacks: ClassVar[Sequence[TrainerCallback]] = ()  # for the Trainer of those that have one
+    use: dict = {}  # how `helpers.compare` says that it is to be used: the `tokens` of a text, its `decision`
+    shorten: Callable[[str], str] = str  # so that `predict_proba` reads as many
 
     def fit(self, task: Task) -> Self:
         """Train on `task.train`; nothing is learned from validation or test.
@@ -61,12 +57,11 @@ class Approach:
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
         """Probability of every label for every text, shape (n_texts, n_labels); rows sum to 1, except in a multi-label task.
 
-        Raises:
-            BookError: a text is empty, or longer than the model takes.
+        BookError: a text is empty, or longer than the model takes.
         """
         check_texts(texts, "texts")
         with profiles.fast_products():
-            return self._predict_proba(texts, batch_size)
+            return self._predict_proba([self.shorten(text) for text in texts], batch_size)
 
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
         """`predict_proba` for `documents` (columns `text`, `label` and, if they have groups, `group`), with gold labels and cost.
@@ -103,9 +98,11 @@ class Approach:
             raise BookError(f"{folder} exists and holds something else. Give a new folder; nothing was overwritten.")
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
-        known = ("labels", "multi_label", "training_seconds", "trainable_parameters")
+        known = ("labels", "multi_label", "training_seconds", "trainable_parameters", "use")
         note = {"approach": type(self).__name__, **{name: getattr(self, name) for name in known}, "settings": asdict(self)}
-        (folder / _NOTE).write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
+        if hasattr(self, "_load_base"):
+            note["settings"]["base_model"], note["base"] = base_models.identity(self.base_model)
+        write_whole(folder / _NOTE, json.dumps(note, indent=2, ensure_ascii=False))
         return folder
 
     @classmethod
@@ -127,14 +124,17 @@ class Approach:
         if name != cls.__name__:
             raise BookError(f"{folder} holds {name}, not {cls.__name__}. Use {name}.load.")
         known = {each.name for each in fields(cls)}
-        for other in settings.keys() - known:
+        for other in settings.keys() - known - {"best_epoch"}:  # which only training knows
             if settings[other] != DEFAULTS[name][other]:
                 raise BookError(f"{folder} was trained with {other}={settings[other]!r}: use helpers.lab.approaches.{name}.load.")
         approach = cls(**{setting: value for setting, value in settings.items() if setting in known})
-        approach.labels, approach.multi_label = tuple(note["labels"]), note["multi_label"]
-        approach.training_seconds = note["training_seconds"]
-        approach.trainable_parameters = note.get("trainable_parameters", 0)
+        approach.labels, approach.multi_label, approach.use = tuple(note["labels"]), note["multi_label"], note.get("use", {})
+        approach.training_seconds, approach.trainable_parameters = note["training_seconds"], note.get("trainable_parameters", 0)
+        if "base" in note and base_models.identity(approach.base_model)[1] != note["base"]:
+            raise BookError(f"{folder} was trained on other weights than {approach.base_model} holds now. Put those back.")
         approach._load(folder)
+        if "tokens" in approach.use:
+            approach.shorten = first_tokens(AutoTokenizer.from_pretrained(folder / "tokenizer"), approach.use["tokens"])
         return approach
 
     def _count_tokens(self, texts: list[str]) -> int:

@@ -5,12 +5,14 @@
 """
 
 import copy
+import hashlib
 import json
 import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
 from filelock import FileLock
@@ -88,6 +90,15 @@ def fetch(name: str = DEFAULT, files: tuple[str, ...] = _FILES) -> str:
         ) from error
 
 
+def identity(name: str) -> tuple[str, str]:
+    """The name of a base model, a folder's with its whole path, and a fingerprint of a sample of its weights."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(fetch(name)).glob("*.safetensors")):
+        weights = np.memmap(path, np.uint8, "r")
+        digest.update(weights[:: len(weights) // 4096 + 1].tobytes())
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name, digest.hexdigest()[:16]
+
+
 def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of base model `name`, with a padding token that is not the end-of-sequence token, and the model's length.
 
@@ -107,7 +118,8 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
         vocabulary = tokenizer.get_vocab()
         spare = [token for token in _SPARE_TOKENS if token in vocabulary and token != tokenizer.eos_token]
         if not spare:
-            raise BookError(f"The tokenizer of {name} has no token to pad with but its end of sequence. Name one: pad_token=…")
+            how = "Name one: pad_token=…, or give the folder of a copy whose tokenizer has one."
+            raise BookError(f"The tokenizer of {name} has no token to pad with but its end of sequence. {how}")
         tokenizer.pad_token = spare[0]
     return tokenizer
 
@@ -207,7 +219,8 @@ def _unpacked(name: str) -> Path:
     """The folder of an embedded model; GGUF weights are stored as float32 safetensors: once, about half a minute."""
     models = cache_folder() / "models"
     models.mkdir(exist_ok=True)
-    target = models / name
+    if (target := models / name).exists():  # also where one may only read
+        return target
     with FileLock(models / f"{name}.lock"):
         if target.exists():
             return target

@@ -3,9 +3,9 @@
     python score.py folder < documents.jsonl > labelled.jsonl
 
 Each line in has a `text`; each line out has its `label` and the
-`probabilities` of all labels, or an `error`. The folder holds `model.onnx`,
-`tokenizer.json` and `labels.json`. Only onnxruntime, tokenizers and numpy are
-needed.
+`probabilities` of all labels, or an `error`. Where a text can have several
+labels, these are its `labels`. The folder holds `model.onnx`, `tokenizer.json`
+and `labels.json`. Only onnxruntime, tokenizers and numpy are needed.
 """
 
 import json
@@ -27,6 +27,8 @@ class Scorer:
         )
         self.labels, self.suffix = described["labels"], described["suffix"]
         self.tokens = described["tokens"]  # of a text, without the suffix
+        self.multi_label = described.get("multi_label", False)
+        self.threshold = described.get("threshold", 0.5)  # of several labels
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         # a control token in a document is read as text
         self.tokenizer.encode_special_tokens = True
@@ -70,6 +72,9 @@ class Scorer:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             logits = self.logits([texts[row] for row in rows])
+            if self.multi_label:
+                probabilities[rows] = 1 / (1 + np.exp(-logits))
+                continue
             powers = np.exp(logits - logits.max(axis=1, keepdims=True))
             probabilities[rows] = powers / powers.sum(axis=1, keepdims=True)
         return probabilities
@@ -83,14 +88,15 @@ def answer(scorer, line):
         return {"error": 'no JSON object with a "text"'}
     if not isinstance(text, str) or not text.strip():
         return {"error": "the text is empty"}
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return {"error": "the text has half a character"}
     [said] = scorer.score([text])
-    return {
-        "label": scorer.labels[said.argmax()],
-        "probabilities": {
-            label: round(float(each), 4)
-            for label, each in zip(scorer.labels, said, strict=True)
-        },
-    }
+    named = dict(zip(scorer.labels, map(float, said), strict=True))
+    probabilities = {label: round(each, 4) for label, each in named.items()}
+    if scorer.multi_label:
+        found = [label for label in named if named[label] >= scorer.threshold]
+        return {"labels": found, "probabilities": probabilities}
+    return {"label": max(named, key=named.get), "probabilities": probabilities}
 
 
 if __name__ == "__main__":
@@ -99,6 +105,8 @@ if __name__ == "__main__":
             "Give the folder of an exported classifier: "
             "python score.py folder < documents.jsonl"
         )
+    for stream in (sys.stdin, sys.stdout):  # whatever the system's locale is
+        stream.reconfigure(encoding="utf-8")
     scorer = Scorer(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(answer(scorer, line), ensure_ascii=False), flush=True)

@@ -3,11 +3,12 @@
     accelerate launch --num_processes 2 train.py documents.csv \\
         --base Qwen/Qwen3-0.6B --out classifier
 
-The CSV has the columns `text` and `label`. Only transformers, peft, datasets
-and torch are needed.
+The CSV, in UTF-8, has the columns `text` and `label`; every cell is read as
+it stands. Only transformers, peft, datasets and torch are needed.
 """
 
 import argparse
+import csv
 import json
 import logging
 
@@ -17,7 +18,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from datasets import load_dataset  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
@@ -73,19 +74,40 @@ if given.batch_size % state.num_processes:
     )
 
 set_seed(0)
-documents = load_dataset("csv", data_files=given.documents, split="train")
-if missing := {"text", "label"} - set(documents.column_names):
-    parser.error(
-        f"{given.documents} has no column {sorted(missing)[0]!r}, only "
-        f"{', '.join(documents.column_names)}."
-    )
-labels = sorted(set(map(str, documents["label"])))
+with open(given.documents, encoding="utf-8-sig", newline="") as file:
+    reader = csv.DictReader(file)
+    if missing := {"text", "label"} - set(reader.fieldnames or []):
+        parser.error(
+            f"{given.documents} has no column {sorted(missing)[0]!r}, only "
+            f"{', '.join(reader.fieldnames or [])}."
+        )
+    rows = [(reader.line_num, row) for row in reader]
+for line, row in rows:
+    if None in row or None in row.values():
+        parser.error(
+            f"{given.documents}, line {line}: more or fewer fields than the "
+            "header has. Quote texts that hold a comma."
+        )
+    if not row["text"].strip() or not row["label"].strip():
+        parser.error(f"{given.documents}, line {line}: text or label is empty.")
+documents = Dataset.from_list(
+    [{name: row[name] for name in ("text", "label")} for _, row in rows]
+)
+labels = sorted(set(documents["label"]))
 
 tokenizer = AutoTokenizer.from_pretrained(given.base)
 if tokenizer.pad_token in (None, tokenizer.eos_token):
-    tokenizer.pad_token = (
-        "<|endoftext|>"  # another token than the end of sequence
-    )
+    # another token than the end of sequence, which nothing else uses
+    spare = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]")
+    spare += ("<|endoftext|>", "<unk>")
+    spare = [token for token in spare if token in tokenizer.get_vocab()]
+    spare = [token for token in spare if token != tokenizer.eos_token]
+    if not spare:
+        parser.error(
+            f"The tokenizer of {given.base} has no token to pad with but its "
+            "end of sequence. Give a copy of the base whose tokenizer has one."
+        )
+    tokenizer.pad_token = spare[0]
 quantization = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -116,7 +138,7 @@ model = get_peft_model(
 def encode(row):
     """Token ids and label number of a document."""
     return tokenizer(row["text"] + given.suffix) | {
-        "labels": labels.index(str(row["label"]))
+        "labels": labels.index(row["label"])
     }
 
 

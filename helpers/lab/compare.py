@@ -1,194 +1,306 @@
-"""Which approach for your data? A table of labelled text in, a verdict out (chapter 11; `compare_examples.txt`)."""
+"""Which approach for your data? A table of labelled text in, a verdict and saved classifiers out (chapter 11)."""
 
 import argparse
-import hashlib
+import contextlib
+import io
 import json
 import shutil
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pandas as pd
+from sklearn.metrics import f1_score
+from tqdm.auto import tqdm
 
-from helpers import base_models, corpora, evaluation, profiles, records
+from helpers import base_models, evaluation, profiles, prompts, records, tasks
+from helpers.checkpoints import write_whole
+from helpers.corpora import Document, Source
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
-from helpers.lab import own_data, sweeps
+from helpers.lab import own_data, statistics, sweeps, tables
 from helpers.lab.approaches import APPROACHES
 from helpers.lab.own_data import Labelled
 
-HEAD, INSTRUCTION = (APPROACHES[each].name for each in ("EmbeddingHead", "InstructionTuned"))
-TRAINED = {HEAD: "head", INSTRUCTION: "instruction"}  # and the folder that each is saved in
-BASELINES = tuple(APPROACHES[each].name for each in ("TfidfSvm", "FrozenProbe", "FineTunedEncoder"))
-SIZES = {  # documents at most, and the tokens of each that are read
-    "quick": {"n_train": 200, "n_validation": 100, "n_test": 300, "tokens": 64},
-    "full": {"n_train": 5000, "n_validation": 1000, "n_test": 2000, "tokens": 256},
+# In their order: the folder of each, what is tried on validation documents, and the share of the time that is over when it is
+# done. All values are tried on some training documents; those that are chosen then train on as many as there is time for.
+METHODS = {
+    "TfidfSvm": ("tfidf", {"C": [0.1, 1.0, 10.0], "analyzer": ["word", "char_wb"]}, 0.03),
+    "FineTunedEncoder": ("encoder", {"learning_rate": [1e-4, 2e-4, 4e-4]}, 0.3),
+    "FrozenProbe": ("probe", {"C": [0.01, 0.1, 1.0]}, 0.45),
+    "EmbeddingHead": ("head", {"learning_rate": [5e-4, 1e-3, 2e-3]}, 0.7),
+    "InstructionTuned": ("instruction", {"learning_rate": [5e-4, 1e-3, 2e-3]}, 1.0),
 }
-FASTER = 1.5  # times the documents a second: less is the machine's other work
+FOLDERS = {APPROACHES[kind].name: folder for kind, (folder, _, _) in METHODS.items()}
+*BASELINES, HEAD, INSTRUCTION = FOLDERS
+TRAINED = (HEAD, INSTRUCTION)
+SEARCHED = {"TfidfSvm": 5000, "FineTunedEncoder": 150, "FrozenProbe": 200}  # documents on which values are tried
+LEAST = 60  # of them for an approach, however little time there is
+SIZES = {  # documents for validation and test at most, and the tokens of each that are read
+    "quick": {"n_validation": 200, "n_test": 400, "tokens": 64},
+    "full": {"n_validation": 1000, "n_test": 2000, "tokens": 256},
+}
 
 
-def sources_of(data: Labelled) -> dict[str, corpora.Source]:
-    """Where `sweeps` reads the documents, by the task's name: that of the file and a fingerprint of them."""
-    fingerprint = hashlib.sha256(json.dumps(data.documents, ensure_ascii=False).encode()).hexdigest()
-    source = corpora.Source(lambda: data.documents, conflicting="unite" if data.multi_label else "drop")
-    return {f"{data.name} {fingerprint[:8]}": source}
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: the documents that can be used, a task of them for each seed, and how approaches are trained."""
+
+    data: Labelled
+    splits: list[tasks.Task] = field(repr=False)
+    settings: dict[str, dict]  # by the class of the approach
+    base_model: str
+    tokens: int  # of each document that are read
+    minutes: float  # for all of it, about
+
+    def key(self, kind: str, seed: int, n: int, epochs: int, chosen: dict | None) -> tuple[dict, dict[str, Source]]:
+        """A run of `sweeps` on `n` training documents, with the settings that were chosen or with those to try."""
+        task, settings = self.splits[seed], dict(self.settings[kind])
+        documents, sizes = [*documents_of(task, n)], {"n_validation": len(task.validation), "n_test": len(task.test)}
+        settings |= ({"epochs": epochs} if "best_epoch" in settings else {}) | (chosen or {"choose": METHODS[kind][1]})
+        sources = {f"{self.data.name} {task.content_hash()[:8]}": Source(lambda: documents)}
+        sweep = {"tasks": [dict.fromkeys(sources, sizes | {"n_train": n})], "seeds": [seed], "approaches": [{kind: settings}]}
+        return sweeps.keys(sweep | {"validation": True, "base_model": self.base_model}, sources)[0], sources
+
+
+def documents_of(task: tasks.Task, n: int) -> Iterator[Document]:
+    """The documents of a task, each marked with its split; of those for training `n` at random, all labels among them."""
+    gold = np.array(task.train["label"])
+    order = np.random.default_rng(0).permutation(len(gold))
+    first = (gold if task.multi_label else np.eye(len(task.labels))[gold])[order].argmax(axis=0)
+    rows = [*order[np.unique(first)], *np.delete(order, first)][:n]
+    for split in tasks.SPLITS:
+        documents = getattr(task, split).select(rows) if split == "train" else getattr(task, split)
+        groups = documents["group"] if "group" in documents.column_names else [""] * len(documents)
+        for text, label, group in zip(documents["text"], documents["label"], groups, strict=True):
+            names = tuple(np.array(task.labels)[np.flatnonzero(label)].tolist()) if task.multi_label else task.labels[label]
+            yield Document(text, names, group, split)
 
 
 def plan(
-    data: Labelled, of: str = "topic", base_model: str = base_models.DEFAULT, seeds: int = 1, epochs: int | None = None, **sizes
-) -> tuple[Labelled, list[dict]]:
-    """The documents, cut to `sizes`, and the runs as `sweeps.run` takes them, so many `seeds` of each.
+    data: Labelled, of: str = "topic", base_model: str = base_models.DEFAULT, seeds: int = 1, minutes: float = 10.0,
+    epochs: int | None = None, **sizes,
+) -> Plan:  # fmt: skip
+    """Cut the documents, split them so many times as there are `seeds`, and say how each approach is trained.
 
     Args:
         of: what the labels are, for the words behind each document: "The topic of this text is".
-        epochs: of both approaches; None for their own.
-        sizes: those of `SIZES`, by the profile where None. Of a small file a third is kept for test and a sixth for validation.
+        minutes: for all trainings together, about.
+        epochs: of what is trained with the Trainer; None: 3 to 8, more for few documents. The best one is kept.
+        sizes: those of `SIZES`, by the profile where None. Of a small file a third is kept for test, of a large one a fifth, and
+            half as many for validation.
     """
     profile = profiles.current().name
-    for name, number in {**sweeps.checked(sizes, "size", SIZES[profile]), "seeds": seeds}.items():
-        if number is not None and number < 1:
-            raise BookError(f"{name} is {number}, but it has to be 1 or more.")
-    size = {name: sizes.get(name) or most for name, most in SIZES[profile].items()}
-    data = own_data.cut(data, size["n_train"] + size["n_validation"] + size["n_test"])
-    grouped = bool(data.documents[0].group)
+    for name, number in {**sweeps.checked(sizes, "size", SIZES[profile]), "seeds": seeds, "minutes": minutes}.items():
+        if number is not None and number <= 0:
+            raise BookError(f"{name} is {number}, but it has to be more than 0.")
+    size, data = {name: sizes.get(name) or most for name, most in SIZES[profile].items()}, own_data.cut(data)
     n, least = len(data.documents), 2 if data.multi_label else len(data.labels)
     # groups cannot be halved: of the fifth and the tenth of them that `tasks.split` sets aside, not all is asked for
-    shares = {"n_test": 1 / 8 if grouped else 1 / 3, "n_validation": 1 / 16 if grouped else 1 / 6}
-    parts = {name: sizes.get(name) or min(size[name], max(least, int(n * share))) for name, share in shares.items()}
-    options = {**parts, "tokens": size["tokens"]}
-    options |= {"n_train": size["n_train"]} if grouped and n - sum(parts.values()) > 2 * size["n_train"] else {}
+    n_test = n // 8 if data.documents[0].group else max(n // 5, min(n // 3, 300))
+    parts = {"n_test": n_test, "n_validation": n_test // 2}
+    parts = {name: sizes.get(name) or max(least, min(size[name], n)) for name, n in parts.items()}
 
-    words = {"suffix": f"\n\nThe {of} of this text is"}
-    blocks = base_models.shape_of(base_model).get_text_config().num_hidden_layers
-    deep = min(APPROACHES["EmbeddingHead"].n_layers, blocks) if profile == "quick" else None
-    trained = words | {"n_layers": deep} | ({"learning_rate": 1e-3, "epochs": 8} if data.multi_label else {})
-    trained |= {"epochs": epochs} if epochs else {}
-    faster = {} if data.multi_label else {"learning_rate": 2e-3}  # chapter 08: what suits instruction tuning, not the head
-    sources = sources_of(data)
-    approaches = {"Majority": None, "TfidfSvm": None, "FrozenProbe": words}
-    approaches |= {"FineTunedEncoder": {"epochs": 15} if data.multi_label else None}
-    approaches |= {"EmbeddingHead": trained, "InstructionTuned": trained | faster}
-    sweep = {"tasks": [{name: options} for name in sources], "seeds": list(range(seeds)), "approaches": [approaches]}
-    keys = sweeps.keys(sweep | {"validation": True, "base_model": base_model}, sources)
-    for seed in range(seeds):
-        sweeps.load_task(keys[0] | {"seed": seed}, sources)  # what is wrong with a split is raised before anything is trained
-    return data, keys
+    tokenizer, suffix = base_models.load_tokenizer(base_model), f"\n\nThe {of} of this text is"
+    prompts.check_open_end(tokenizer)
+    room = tokenizer.model_max_length - max(len(tokenizer(f"{suffix} {label}").input_ids) for label in data.labels) - 8
+    if size["tokens"] > room:
+        raise BookError(f"--tokens {size['tokens']} do not fit: {base_model} has room for {room} beside the question.")
+    options = {"conflicting": "unite" if data.multi_label else "drop", "shorten": tasks.first_tokens(tokenizer, size["tokens"])}
+    splits = [tasks.split(data.name, data.documents, **parts, **options, seed=seed) for seed in range(seeds)]
+    unseen = sorted({label for task in splits for label, count in task.counts()["test"].items() if not count})
+    lines = [f"{label!r} has no test document in one of the splits: macro-F1 there is that of the others." for label in unseen]
+
+    decoder = base_models.on_meta(base_models.shape_of(base_model)).base_model
+    like_llama = all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm"))
+    upper = min(APPROACHES["EmbeddingHead"].n_layers, len(decoder.layers)) if profile == "quick" and like_llama else None
+    trained = {"best_epoch": True} | ({"epochs": epochs} if epochs else {})
+    settings = {"TfidfSvm": {}, "FineTunedEncoder": trained, "FrozenProbe": {"suffix": suffix}}
+    settings |= dict.fromkeys(("EmbeddingHead", "InstructionTuned"), {"suffix": suffix, "n_layers": upper} | trained)
+    data = replace(data, warnings=(*data.warnings, *lines))
+    return Plan(data, splits, settings, base_model, size["tokens"], minutes)
 
 
-def run(data: Labelled, keys: list[dict], out: str | Path, progress: bool = True) -> list[dict]:
-    """Make the runs of `plan` that the folder `out` does not hold yet, and return the records of all that could be made.
+def run(plan: Plan, out: str | Path, progress: bool = True) -> list[dict]:
+    """Train what the folder `out` does not hold yet, and return the record of each approach that could be trained, for each seed.
 
-    The adapters of the first seed are saved there, each with a model card; why a run failed is printed. BookError: `out` holds
-    something else, or nothing could be run.
+    All of the first split are saved, with a model card each; why a training failed is printed. A record also has `n_train`, the
+    values that were `tried`, and the `minutes` with which all documents would be used. BookError: `out` holds something else, or
+    nothing could be trained.
     """
-    out = Path(out).expanduser()
-    path, note = out / "records.jsonl", out / "compared.json"
-    described = {"task": keys[0]["task"], "options": keys[0]["options"]}
-    described |= {"settings": [key["settings"] for key in keys if not key["seed"]]}
-    held = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
-    if held != described and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out, made = Path(out).expanduser(), []
+    asked = {**asdict(replace(plan, data=None, splits=[])), "documents": [task.content_hash() for task in plan.splits]}
+    note, asked = out / "compared.json", json.dumps(asked | {"profile": profiles.current().name}, indent=2)
+    held = note.read_text(encoding="utf-8") if note.exists() else None
+    if held != asked and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BookError(
             f"{out} holds something else, or a comparison of other documents or with other settings. "
             "Give a new folder; nothing was overwritten."
         )
     out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(described, indent=2, ensure_ascii=False), encoding="utf-8")
-
-    def save(key: dict) -> Path | None:
-        folder = TRAINED.get(key["settings"]["name"])
-        if folder is None or key["seed"]:
-            return None
-        shutil.rmtree(out / folder, ignore_errors=True)  # of a run that was stopped before it was recorded
-        return out / folder
-
-    sweeps.make(keys, path, save, progress, sources_of(data))
-    made = [record for record in records.read(path) if record["key"] in keys]
+    write_whole(note, asked)
+    base_models.fetch(base_models.ENCODER)  # which says so if that takes time
+    with tqdm(total=round(60 * plan.minutes), bar_format="{bar:20} {elapsed} {desc}", disable=not progress) as bar:
+        threading.Thread(target=_tick, args=(bar,), daemon=True).start()
+        for seed in range(len(plan.splits)):
+            made += _of_split(plan, seed, out, bar)
     if not made:
-        raise BookError(f"{data.name}: nothing could be run. The lines above say why.")
-    for record in made:
-        if record["name"] in TRAINED and not record["key"]["seed"]:
-            (out / TRAINED[record["name"]] / "README.md").write_text(model_card(data, record), encoding="utf-8")
+        raise BookError(f"{plan.data.name}: nothing could be run. The lines above say why.")
+    for name, predictions in results(each for each in made if not each["key"]["seed"]).items():
+        [record] = [each for each in made if each["name"] == name and not each["key"]["seed"]]
+        _describe(plan, record, predictions, out / FOLDERS[name])
     return made
 
 
+def _tick(bar: tqdm) -> None:
+    while not bar.disable:
+        time.sleep(1)
+        bar.n = min(bar.total, bar.n + 1)
+        bar.refresh()
+
+
+def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
+    """The records of one split: each approach is trained on as many documents as its share of the minutes allows."""
+    passes, forward = 1200 if plan.data.multi_label else 600, 0.1  # documents of all epochs, at least; seconds to read one
+    budget, n_all, spent, before = 60 * plan.minutes / len(plan.splits), len(plan.splits[seed].train), 0.0, 0.0
+    for kind, (folder, values, share) in METHODS.items():
+        left, before = max(share * budget - spent, (share - before) * budget / 2), share
+        rates = len(values.get("learning_rate", ()))
+        read = left / 2 / forward / (rates + 1)  # so many documents can be read in all epochs of a trial
+        n = min(n_all, max(SEARCHED.get(kind) or int(read / (3 if read > passes else 6)), LEAST, len(plan.data.labels)))
+        n = n if n < 0.8 * n_all else n_all
+        given, read = plan.settings[kind].get("epochs"), passes if kind in SEARCHED else min(read, passes)
+        epochs, later = given or _epochs(read, n), given or _epochs(passes, n_all)
+        record = _made(plan, (kind, seed, n, epochs, None), out / folder, left, bar)
+        if record is None:
+            continue
+        seconds, n, tried = _seconds(record), record["key"]["options"]["n_train"], record["tried"]
+        forward = tried[0]["training_seconds"] / n if kind == "FrozenProbe" else forward
+        for_each = 1.2 * seconds / n / (len(tried) if rates else 1) * later / epochs
+        fits = n_all if kind == "TfidfSvm" else min(n_all, int((left - seconds) / for_each))
+        if fits > 1.25 * n:
+            run = (kind, seed, fits, given or _epochs(passes, fits), record["chosen"]["settings"])
+            more = _made(plan, run, out / folder, left - seconds, bar)
+            record, seconds = more or record, seconds + (_seconds(more) if more else 0)
+        spent += seconds
+        needed = (_seconds_of(tried) + for_each * n_all) / left if record["key"]["options"]["n_train"] < n_all else 0
+        yield {**record, "tried": tried, "minutes": plan.minutes * max(1, needed)}
+
+
+def _epochs(passes: float, n: int) -> int:
+    return min(8, max(3, round(passes / n)))
+
+
+def _made(plan: Plan, run: tuple, folder: Path, seconds: float, bar: tqdm) -> dict | None:
+    (key, sources), (kind, seed, n, _, chosen), path = plan.key(*run), run, folder.with_name("records.jsonl")
+    what = "training" if chosen else "trying settings"
+    bar.set_description_str(f"{APPROACHES[kind].name}: {what} on {n:,} documents, about {seconds / 60:.1f} minutes left for it")
+    if folder.exists() and not (folder / "approach.json").exists():
+        shutil.rmtree(folder)  # a run was stopped while it saved
+    with contextlib.redirect_stderr(io.StringIO()):  # what is said of a search stands in the report
+        failed = sweeps.make([key], path, lambda key: None if seed else folder, False, sources)
+    tqdm.write("\n".join(failed), file=sys.stderr, end="\n" * len(failed))
+    return next((record for record in records.read(path) if record["key"] == key), None)
+
+
+def _seconds(record: dict) -> float:
+    """What a run took, but for loading."""
+    n_test, cost = len(record["gold"]), record["cost"]
+    tried = record.get("tried") or [{"training_seconds": cost["training_seconds"], "epochs": record.get("epochs", [])}]
+    return _seconds_of(tried) + cost["seconds"] * (1 + len(record["validation"]["gold"]) / n_test)
+
+
+def _seconds_of(tried: list[dict]) -> float:
+    return sum(row["training_seconds"] + sum(each["seconds"] for each in row.get("epochs", [row])) for row in tried)
+
+
 def results(made: Iterable[dict], validation: bool = False) -> dict[str, Predictions]:
-    """Every approach's predictions on all test sets, or validation sets; multi-label with the best threshold on validation."""
+    """Every approach's predictions on all test sets, or validation sets; several labels are decided as is best on validation."""
     found: dict[str, list[Predictions]] = {}
     for record in made:
-        predictions = (records.validation_of if validation else records.predictions_of)(record)
+        predictions, known = records.predictions_of(record), records.validation_of(record)
+        predictions = known if validation else predictions
         if predictions.multi_label:
-            predictions = replace(predictions, thresholds=evaluation.best_thresholds(records.validation_of(record)))
+            predictions = statistics.decide(predictions, known, "macro_f1")
         found.setdefault(predictions.approach, []).append(predictions)
     return {name: evaluation.pool(each) if len(each) > 1 else each[0] for name, each in found.items()}
+
+
+def of_labels(tested: dict[str, Predictions]) -> pd.DataFrame:
+    """The F1 of each label in percent, a column for each approach, and how many test documents have it, the rarest first."""
+    first = next(iter(tested.values()))
+    counts = first.gold.sum(axis=0) if first.multi_label else np.bincount(first.gold, minlength=len(first.labels))
+    options = {"average": None, "labels": range(len(first.labels)), "zero_division": 0}
+    columns = {name: 100 * f1_score(each.gold, each.predicted, **options) for name, each in tested.items()}
+    return pd.DataFrame({"test documents": counts} | columns, first.labels).sort_values("test documents", kind="stable")
 
 
 def verdict(made: list[dict]) -> tuple[str, str]:
     """The name of the approach to take, and why in Markdown, with the intervals behind it.
 
     The best baseline and the better of the two approaches are chosen on validation documents and judged on test documents. One of
-    two is called better where the interval of the difference in macro-F1 leaves zero out; both intervals together hold with 95 %.
-    Of two that cannot be told apart the cheaper one is recommended: the baseline; of the two approaches one that is `FASTER`, or
-    else ahead on validation.
+    two is called better where the interval of the difference in macro-F1 leaves zero out; all intervals together hold with 95 %.
+    Of two that cannot be told apart the baseline is recommended, which is cheaper, and of the two approaches the one that is
+    ahead on validation.
     """
     tested = results(made)
-    validated = {name: evaluation.evaluate(each)["macro_f1"] for name, each in results(made, validation=True).items()}
-    baseline = max((name for name in BASELINES if name in tested), key=validated.get, default=None)
-    trained = sorted((name for name in TRAINED if name in tested), key=lambda name: -validated[name])
-    lines = [f"- **{name}** could not be run." for name in (*BASELINES, *TRAINED) if name not in tested]
-    if not trained or baseline is None:
-        return trained[0] if trained else baseline or next(iter(tested)), "\n".join(lines)
-    chosen, confidence = trained[0], 1 - 0.05 / len(trained)
-    if len(trained) > 1:
-        sign, line = _difference(tested[HEAD], tested[INSTRUCTION], confidence)
-        lines.append(line)
-        ahead, other = (tested[name].documents_per_second for name in trained)
-        chosen = {1: HEAD, -1: INSTRUCTION, 0: trained[other > FASTER * ahead]}[sign]
-    sign, line = _difference(tested[chosen], tested[baseline], confidence)
-    lines.append(line)
-    advice = {
-        1: f"Take **{chosen}**: it is better than the best baseline here, {baseline}.",
-        -1: f"Take **{baseline}**: it is better than {chosen}, and cheaper.",
-        0: f"Take **{baseline}**: {len(tested[chosen].gold):,} test documents do not show that {chosen} is better, and it costs "
-        "more. Label more documents to see smaller differences.",
-    }[sign]
-    return chosen if sign > 0 else baseline, "\n".join([advice, "", *lines])
+    known = {name: evaluation.evaluate(each)["macro_f1"] for name, each in results(made, validation=True).items()}
+    baseline, trained = (max((one for one in of if one in tested), key=known.get, default=None) for of in (BASELINES, TRAINED))
+    lines = [f"- **{name}** could not be trained." for name in FOLDERS if name not in tested]
+    if not trained or not baseline:
+        return trained or baseline, "\n".join([f"Take **{trained or baseline}**.", "", *lines])
+    both = set(TRAINED) <= set(tested)
+    if both:
+        sign, line = _difference(tested[HEAD], tested[INSTRUCTION], 0.975)
+        lines, trained = [*lines, line], {1: HEAD, -1: INSTRUCTION, 0: trained}[sign]
+    sign, line = _difference(tested[trained], tested[baseline], 0.975 if both else 0.95)
+    why = {1: f"better than the best baseline here, {baseline}.", -1: f"better than {trained}, and cheaper."}.get(
+        sign, f"{len(tested[trained].gold):,} test documents do not show that {trained} is better, and it costs more."
+    )
+    chosen = trained if sign > 0 else baseline
+    return chosen, "\n".join([f"Take **{chosen}**: {'it is ' * bool(sign)}{why}", "", *lines, line])
 
 
 def _difference(a: Predictions, b: Predictions, confidence: float) -> tuple[int, str]:
     """1 if `a` is better, -1 if `b` is, 0 if that cannot be told; and the line that says so."""
     found = {name: 100 * value for name, value in evaluation.compare(a, b, confidence=confidence).items()}
-    difference, low, high = (found[f"macro_f1_{name}"] for name in ("difference", "low", "high"))
-    sign = int(low > 0) - int(high < 0)
+    sign = int(found["macro_f1_low"] > 0) - int(found["macro_f1_high"] < 0)
     what = {1: f"{a.approach} is better", -1: f"{b.approach} is better", 0: "no difference is shown"}[sign]
-    interval = f"{low:+.1f} to {high:+.1f} at {100 * confidence:.1f} %"
-    return sign, f"- {a.approach} against {b.approach}: macro-F1 {difference:+.1f} points, {interval}: {what}."
+    metrics = [
+        f"{metric} {found[f'{of}difference']:+.1f} points ({found[f'{of}low']:+.1f} to {found[f'{of}high']:+.1f})"
+        for metric, of in (("macro-F1", "macro_f1_"), ("accuracy", ""))
+    ]
+    return sign, f"- {a.approach} against {b.approach}: {', '.join(metrics)}, at {100 * confidence:.1f} %: {what}."
 
 
-def model_card(data: Labelled, record: dict) -> str:
-    """What a trained adapter is, for the README.md beside it, with the metadata that the hub reads."""
-    base, metrics = record["key"]["settings"]["base_model"], record["metrics"]
-    base = f"HuggingFaceTB/{base}" if base == base_models.DEFAULT else base
-    words = {"data": data, "record": record, "base": base, "folder": TRAINED[record["name"]], **record["key"]}
-    template = jinja2.Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8"))
-    return template.render(**words, percent=lambda name: f"{100 * metrics[name]:.1f}")
+def _describe(plan: Plan, record: dict, predictions: Predictions, folder: Path) -> None:
+    """Say beside a saved approach how it is used, and in a model card for whom and how well."""
+    use = {"tokens": plan.tokens, "text": list(plan.data.columns)}
+    if predictions.multi_label:
+        use["decision"] = statistics.best_decision(records.validation_of(record), "macro_f1")
+    note = json.loads((folder / "approach.json").read_text(encoding="utf-8"))
+    write_whole(folder / "approach.json", json.dumps(note | {"use": use}, indent=2, ensure_ascii=False))
+    base_models.load_tokenizer(plan.base_model).save_pretrained(folder / "tokenizer")
+    base = f"HuggingFaceTB/{plan.base_model}" if plan.base_model == base_models.DEFAULT else plan.base_model
+    scores, labels = evaluation.evaluate(predictions), of_labels({"F1 %": predictions}).round(1).to_markdown()
+    words = {"data": plan.data, "record": record, "base": base, "folder": folder, "use": use, "scores": scores, "labels": labels}
+    write_whole(folder / "README.md", _page("model_card.md", **words, **record["key"]))
 
 
-def report(data: Labelled, looked_at: pd.DataFrame, made: list[dict], scores: pd.DataFrame, advice: str) -> str:
-    """All of it on one page of Markdown: what `own_data.report`, `run`, `evaluation.table` and `verdict` gave."""
-    seeds, options = len({record["key"]["seed"] for record in made}), made[0]["key"]["options"]
-    how = f"{seeds} split(s), {options['n_test']:,} test documents each, the first {options['tokens']} tokens of every document."
-    parts = [f"# {data.name}: which approach?", data.in_words, looked_at.to_markdown(disable_numparse=True)]
-    parts += ["\n".join(f"- {line}" for line in data.warnings)] if data.warnings else []
-    parts += ["## Side by side", how, evaluation.show(scores).to_markdown(disable_numparse=True), "## Verdict", advice]
-    return "\n\n".join(parts) + "\n"
+def _page(template: str, **words) -> str:
+    text = Path(__file__).with_name(template).read_text(encoding="utf-8")
+    return jinja2.Template(text, keep_trailing_newline=True).render(**words)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Compare a classification head and instruction tuning, with baselines, on a table of labelled text.
+    """Compare a classification head and instruction tuning, with baselines, on a table of labelled text, and save all of them.
 
-    Stop it whenever you like: it goes on where it was.
+    Learning rates are chosen on validation documents. Stop it whenever you like: it goes on where it was.
     """
     examples = Path(__file__).with_name("compare_examples.txt").read_text(encoding="utf-8")
     options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
@@ -198,40 +310,59 @@ def main(arguments: list[str] | None = None) -> None:
     add("--text", required=True, nargs="+", help="the column with the texts, or several to be joined")
     add("--label", required=True, nargs="+", help="the column with the labels, or a column for each label")
     add("--group", help="a column; what has the same in it is never split between training and test")
-    add("--out", type=Path, help="a folder for records, adapters and report (default: FILE-compared)")
+    add("--out", type=Path, help="a folder for records, classifiers and report (default: FILE-compared)")
     add("--check", action="store_true", help="only read the file and report on it")
+    add("--minutes", type=float, default=10, help="for all trainings, about; the more, the more rows are used (default: 10)")
+    add("--encoding", help="of a text file, such as cp1252 (default: found out)")
     add("--multi-label", action=argparse.BooleanOptionalAction, help="several labels a document (default: found out)")
     add("--of", help="what the labels are, such as topic (default: the name of the label column)")
     add("--base-model", default=base_models.DEFAULT, help="a causal LM: hub id or folder (default: %(default)s)")
-    add("--seeds", type=int, default=1, help="so many splits and trainings (default: 1)")
-    add("--epochs", type=int, help="of both approaches (default: the book's)")
-    for name, size in SIZES["quick"].items():
-        what = "of each document that are read" if name == "tokens" else "documents at most"
-        what += f" (default: {size} on a CPU, {SIZES['full'][name]} on a GPU)"
+    add("--seeds", type=int, default=1, help="so many splits, which share the minutes (default: 1)")
+    add("--epochs", type=int, help="at most; the best one is kept (default: 3 to 8, more for few documents)")
+    for name, what in {"n_test": "test documents at most, and no fewer if given", "n_validation": "the same for validation",
+                       "tokens": "of each document that are read"}.items():  # fmt: skip
+        what += f" (default: {SIZES['quick'][name]} on a CPU, {SIZES['full'][name]} on a GPU)"
         add(f"--{name.replace('_', '-')}", type=int, help=what)
     given = parser.parse_args(arguments)
     out = (given.out or given.file.with_name(f"{given.file.stem}-compared")).expanduser()
     try:
+        tables.utf8_streams()
         profiles.start()
-        data = own_data.read(given.file, given.text, given.label, group=given.group, multi_label=given.multi_label)
+        more = {"group": given.group, "multi_label": given.multi_label, "encoding": given.encoding}
+        data = own_data.read(given.file, given.text, given.label, **more)
         print(data.in_words)
+        names = ("base_model", "seeds", "minutes", "epochs", *SIZES["quick"])
         of = given.of or (given.label[0] if len(given.label) == 1 else "topic")
-        data, keys = plan(data, of, **{name: getattr(given, name) for name in ("base_model", "seeds", "epochs", *SIZES["quick"])})
-        print(*(f"warning: {line}" for line in data.warnings), sep="\n")
-        looked_at = own_data.report(data, base_models.load_tokenizer(given.base_model), keys[0]["options"]["tokens"])
+        planned = plan(data, of, **{name: getattr(given, name) for name in names})
+        print(*(f"warning: {line}" for line in planned.data.warnings), sep="\n")
+        looked_at = own_data.report(planned.data, base_models.load_tokenizer(given.base_model), planned.tokens)
         print(looked_at.to_string(header=False))
         if given.check:
             return
-        made = run(data, keys, out)
+        made = run(planned, out)
     except BookError as error:
         sys.exit(str(error))
-    scores, (chosen, advice) = evaluation.table(results(made).values()), verdict(made)
-    page = report(data, looked_at, made, scores, advice)
-    (out / "report.md").write_text(page, encoding="utf-8")
-    scores.to_csv(out / "table.csv")
+    page = report(planned, looked_at, made, out)
     print(page.partition("## Side by side")[2].strip(), f"\nAll of it is in {out}.")
-    if chosen not in TRAINED:
-        print("A baseline is not saved: train it with its class in helpers.baselines.")
+
+
+def report(plan: Plan, looked_at: pd.DataFrame, made: list[dict], out: Path) -> str:
+    """All of it on one page of Markdown, which is also written to `out`, with its tables as CSV."""
+    tested, (chosen, advice) = results(made), verdict(made)
+    scores, labels = evaluation.table(tested.values()), of_labels(tested)
+    used = {each["name"]: each["key"]["options"]["n_train"] for each in made}
+    scores.insert(0, "n_train", [used[name] for name in tested])
+    scores.to_csv(out / "table.csv")
+    labels.to_csv(out / "labels.csv")
+    shown = evaluation.show(scores)
+    shown.insert(0, "trained on", scores["n_train"].map("{:,}".format))
+    tables = {"looked_at": looked_at, "scores": shown, "labels": labels.round(1).astype(object)}
+    tables = {name: table.to_markdown(disable_numparse=True) for name, table in tables.items()}
+    words = {"plan": plan, "made": made, "advice": advice, "folder": out / FOLDERS[chosen], "n_all": len(plan.splits[0].train)}
+    words["suffix"] = Path(plan.data.name).suffix
+    page = _page("report.md", **words, **tables, minutes=max(each["minutes"] for each in made))
+    write_whole(out / "report.md", page)
+    return page
 
 
 if __name__ == "__main__":

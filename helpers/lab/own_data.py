@@ -18,6 +18,7 @@ from helpers.errors import BookError
 from helpers.lab import tables
 from helpers.lab.tables import HALF_CHARACTER, as_text
 
+RETURN = re.compile("\r")
 SEPARATORS = (";", "|", ",")  # that a column of several labels may have
 LEAST = {False: 5, True: 10}  # documents a label needs, single- and multi-label, to be in every split
 NEAR = 0.9  # cosine between two texts' TF-IDF from which one is a near copy of the other
@@ -37,6 +38,7 @@ class Labelled:
     multi_label: bool  # whether a document can have several labels
     in_words: str  # how the labels were understood, to be confirmed by whoever knows
     warnings: tuple[str, ...] = ()  # one line each
+    columns: tuple[str, ...] = ()  # with the texts
 
     @property
     def labels(self) -> Counter:
@@ -45,7 +47,13 @@ class Labelled:
 
 
 def read(
-    path: str | Path, text: str | list[str], label: str | list[str], *, group: str | None = None, multi_label: bool | None = None
+    path: str | Path,
+    text: str | list[str],
+    label: str | list[str],
+    *,
+    group: str | None = None,
+    multi_label: bool | None = None,
+    encoding: str | None = None,
 ) -> Labelled:
     """Read CSV, TSV, JSON lines or Parquet. What cannot be repaired is refused, what can be is done and named in `warnings`.
 
@@ -58,12 +66,15 @@ def read(
             columns of zeros and ones, each named after its label.
         group: a column; documents that have the same in it (customer, source) are never split between training and test.
         multi_label: whether a document can have several labels; None finds out.
+        encoding: of a text file, such as `cp1252`; None finds out and names it.
     """
     path = Path(path).expanduser()
     columns, names = ([each] if isinstance(each, str) else list(each) for each in (text, label))
-    table, warnings = tables.read(path, [*columns, *names, *filter(None, [group])]), []
-    halves = table.index[table.map(lambda cell: bool(HALF_CHARACTER.search(str(cell)))).any(axis=1)]
-    _note(warnings, halves, "row", f"with half a character, replaced by \ufffd, first {table.index.name}")
+    table = tables.read(path, [*columns, *names, *filter(None, [group])], encoding)
+    warnings = table.attrs["warnings"]
+    for sign, what in ((HALF_CHARACTER, "half a character, replaced by \ufffd"), (RETURN, "a carriage return, read as a space")):
+        found = table.index[table.map(lambda cell, sign=sign: bool(sign.search(str(cell)))).any(axis=1)]
+        _note(warnings, found, "row", f"with {what}, first {table.index.name}")
     for column in columns:
         odd = table[column].map(lambda cell: isinstance(cell, (list, dict, bytes)))
         tables.refuse(path, table[column], odd, "no text. Name the column with the texts.")
@@ -90,10 +101,10 @@ def read(
     warnings += _hard_to_learn(replace(data, documents=documents))
     if not multi_label:
         documents = [each._replace(label=each.label[0]) for each in documents]
-    return replace(data, documents=documents, warnings=tuple(warnings))
+    return replace(data, documents=documents, warnings=tuple(warnings), columns=tuple(columns))
 
 
-def cut(data: Labelled, n: int | None, seed: int = 0) -> Labelled:
+def cut(data: Labelled, n: int | None = None, seed: int = 0) -> Labelled:
     """At most `n` documents, single labels in proportion, without the labels that have too few of them (`LEAST`).
 
     BookError: fewer than two labels are left.

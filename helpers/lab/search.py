@@ -20,7 +20,8 @@ from helpers.evaluation import Predictions, best_thresholds
 from helpers.tasks import Task
 
 BEYOND = 3  # so many values at most are tried outside of a grid whose best one lies at its edge
-_OF_LOWER = ("base_model", "n_layers", "precision", "causal")  # settings that the lower layers' states depend on
+# settings that the lower layers' states, or a probe's embeddings, depend on
+_OF_LOWER = ("base_model", "n_layers", "precision", "causal", "pooling", "layer", "quantized")
 VALIDATIONS = 4  # at most in one training
 FEW = 100  # validation documents; with fewer, one document is more than a point of accuracy
 

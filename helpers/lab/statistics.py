@@ -70,17 +70,22 @@ def over_seeds(
 
 
 def decide(test: Predictions, validation: Predictions, metric: str) -> Predictions:
-    """Multi-label `test` with the decisions that are best for `metric` on `validation`: a threshold for all labels, and whether
-    the likeliest label is predicted where none reaches it."""
+    """Multi-label `test` with the decisions that are best for `metric` on `validation`."""
+    return decided(test, **best_decision(validation, metric))
 
-    def decided(of: Predictions, threshold: float, at_least_one: bool) -> Predictions:
-        likeliest = of.probabilities.max(axis=1, keepdims=True)
-        return replace(of, thresholds=np.minimum(threshold, likeliest) if at_least_one else threshold)
 
+def best_decision(validation: Predictions, metric: str) -> dict:
+    """A `threshold` for all labels, and whether the likeliest is predicted where none reaches it (`at_least_one`)."""
     cuts = np.unique(np.quantile(validation.probabilities, np.linspace(0.5, 1, 101)))
-    rules = [(cut, at_least_one) for cut in (cuts[:-1] + cuts[1:]) / 2 for at_least_one in (False, True)]
+    rules = [(float(cut), at_least_one) for cut in (cuts[:-1] + cuts[1:]) / 2 for at_least_one in (False, True)]
     score = [bootstrap.scores(decided(validation, *rule))[METRICS.index(metric)] for rule in rules]
-    return decided(test, *rules[int(np.argmax(score))])
+    return dict(zip(("threshold", "at_least_one"), rules[int(np.argmax(score))], strict=True))
+
+
+def decided(of: Predictions, threshold: float, at_least_one: bool) -> Predictions:
+    """Multi-label predictions with another decision (`best_decision`)."""
+    likeliest = of.probabilities.max(axis=1, keepdims=True)
+    return replace(of, thresholds=np.minimum(threshold, likeliest) if at_least_one else threshold)
 
 
 def comparisons(pairs: dict[str, tuple[Predictions, Predictions]], **options) -> pd.DataFrame:

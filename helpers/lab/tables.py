@@ -1,15 +1,16 @@
 """Tables of text in files: CSV, TSV, JSON lines and Parquet, every cell as it stands there and every row with its place."""
 
 import ast
-import codecs
 import csv
-import io
 import json
 import re
+import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
+import charset_normalizer
 import pandas as pd
 import pyarrow.parquet
 
@@ -18,25 +19,177 @@ from helpers.errors import BookError, unknown_name
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # what is left of an emoji that was cut in the middle
+UNICODE = ["utf_16", "utf_16_le", "utf_16_be"]
+ENCODINGS = ["cp1251", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]  # of letters that are not Latin
+_RETURN = "\ue00d"  # stands for a carriage return that ends no line, which `csv` does not read
+_LOOKED_AT = 1 << 16  # bytes or letters at the beginning of a file that tell zero bytes and line ends
 
 
-def read(path: Path, columns: list[str]) -> pd.DataFrame:
+def read(path: Path, columns: list[str], encoding: str | None = None) -> pd.DataFrame:
     """The named columns of a file, of shape (n_rows, len(columns)), nothing guessed: in CSV and TSV every cell is text.
 
-    Fields are parted as the header is, by a comma, semicolon, tab or bar; UTF-8 and UTF-16, line ends of any system. The index
-    says where a row stands and is called `line` or, in Parquet, `row`. BookError: anything that cannot be read, with its line.
+    The index says where a row stands and is called `line` or, in Parquet, `row`; `attrs["warnings"]` says which encoding was
+    found, if it is an old one. BookError: anything that cannot be read, with its line.
     """
-    suffix = path.suffix.lower()
+    check(path)
+    warnings = []
+    if path.suffix.lower() == ".parquet":
+        # pandas would make floats of whole numbers where one is missing
+        rows = parquet(path, columns).read(columns).to_pylist() if path.stat().st_size else []
+        table = pd.DataFrame(rows, columns=columns, dtype=object).rename_axis("row")
+    else:
+        encoding = encoding or encoding_of(path, warnings)
+        found = {line: [row.get(name) for name in columns] for line, row in Rows(lines(path, encoding), path, columns)}
+        table = pd.DataFrame(found.values(), pd.Index(found, name="line"), columns, dtype=object)
+    if table.empty:
+        raise BookError(f"{path.name} has no rows. Give a file with a row for each document.")
+    table.attrs["warnings"] = warnings
+    return table
+
+
+def utf8_streams() -> None:
+    """Let standard input and output be UTF-8, whatever the system's locale says."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def check(path: Path) -> None:
+    """Refuse a file that is not there or has another ending than `SUFFIXES`."""
     if not path.is_file():
         near = sorted(each.name for each in (path if path.is_dir() else path.parent).glob("*") if each.suffix in SUFFIXES)
         raise BookError(f"There is no file {path}." + (f" There is {near[0]}." if near else ""))
-    if suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise BookError(f"{path.name}: only {', '.join(SUFFIXES)} can be read. Save the table as one of them.")
-    readers = {".parquet": _from_parquet, ".csv": _from_delimited, ".tsv": _from_delimited}
-    table = readers.get(suffix, _from_json_lines)(path, columns) if path.stat().st_size else pd.DataFrame()
-    if table.empty:
-        raise BookError(f"{path.name} has no rows. Give a file with a row for each document.")
-    return table
+
+
+def encoding_of(path: Path, warnings: list[str]) -> str:
+    """UTF-8, UTF-16, or an old encoding, which a warning names with words that tell. BookError: the file is no text.
+
+    Where few letters are foreign it is one of Western Europe: cp1252 or, if that has not all of them, latin-1.
+    """
+    with path.open("rb") as file:
+        head = file.read(_LOOKED_AT)
+        file.seek(0)
+        odd = [head] if b"\0" in head else list(islice((line for line in file if not _is_utf8(line)), 1000))
+    raw = b"".join(odd)
+    if not raw:
+        return "utf-8-sig"
+    foreign = raw.translate(None, bytes(range(128)))
+    if b"\0" not in head and len(foreign) < 0.25 * len(raw):
+        found = "latin-1" if set(foreign) & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else "cp1252"
+    elif guess := charset_normalizer.from_bytes(raw, cp_isolation=UNICODE if b"\0" in head else ENCODINGS).best():
+        found = guess.encoding
+    else:
+        raise BookError(f"{path.name} is no text in any encoding that is known here. If it is one, name it: --encoding …")
+    if found not in UNICODE:
+        words = " ".join(word for word in odd[0].decode(found, "replace").split() if not word.isascii())
+        warnings.append(f"Read as {found}, for it is no UTF-8: {excerpt(words)}. If that looks wrong: --encoding …")
+    return found
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        return line.isascii() or bool(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
+
+
+def lines(path: Path, encoding: str) -> Iterator[str]:
+    """The lines of a text file, with the line ends of Windows and of old Macs made `\\n`. BookError: another encoding."""
+    try:
+        with path.open(encoding=encoding, newline="") as file:
+            head = file.read(_LOOKED_AT)
+        of_a_mac = head.count("\r") > head.count("\r\n") + head.count("\n")
+        with path.open(encoding=encoding, newline=None if of_a_mac else "\n") as file:
+            for line in file:
+                yield line.replace("\r\n", "\n").replace("\r", _RETURN)
+    except (LookupError, UnicodeError) as error:
+        raise BookError(f"{path.name} cannot be read as {encoding} ({error}). Name another: --encoding latin-1, say.") from error
+
+
+class Rows:
+    """Rows as `{column: cell}`, each with its first line: CSV and TSV (by the ending of `path`), else JSON lines.
+
+    Fields are parted as the header is, by a comma, semicolon, tab or bar: `delimiter`, "" in JSON lines. BookError: a row that is
+    none, or no such column.
+    """
+
+    def __init__(self, lines: Iterable[str], path: Path, columns: list[str]) -> None:
+        self.path, self.columns, self.delimiter, self.header, self._lines = path, columns, "", [], iter(lines)
+        if path.suffix.lower() not in (".csv", ".tsv"):
+            return
+        first = [""]
+        for line in self._lines:
+            first.append(line)
+            if line.strip() and not "".join(first).count('"') % 2:  # else a header that goes on, or nothing yet
+                break
+        usual, self._start = "\t" if path.suffix.lower() == ".tsv" else ",", len(first)
+        headers = {each: next(self._fields(first, each, 1), (1, []))[1] for each in (usual, ";", "\t", "|", ",")}
+        headers = {each: [" ".join(cell.split()) for cell in header] for each, header in headers.items()}
+        self.delimiter = max(headers, key=lambda each: len(set(columns) & set(headers[each])))  # of equals the usual one
+        if header := headers[self.delimiter]:
+            need(path, columns, header)
+        self.header = header
+
+    def __iter__(self) -> Iterator[tuple[int, dict]]:
+        if not self.delimiter:
+            yield from self._objects()
+            return
+        names = [name if name not in self.header[:n] else f"{name}.{n}" for n, name in enumerate(self.header)]
+        for line, cells in self._fields(self._lines, self.delimiter, self._start, strict=True):
+            if len(cells) != len(names):
+                found = f"{len(cells)} fields between {self.delimiter!r} where the header has {len(names)}"
+                raise BookError(f"{self.path.name}, line {line}: {found}. Quote texts that hold one; end no row with one.")
+            yield line, dict(zip(names, cells, strict=True))
+
+    def _fields(self, lines: Iterable[str], delimiter: str, start: int, **options) -> Iterator[tuple[int, list[str]]]:
+        """Rows that are not empty, each with its first line. (pandas fills short rows, shifts long ones, and names no line.)"""
+        csv.field_size_limit(10**9)
+        reader, line = csv.reader(lines, delimiter=delimiter, **options), start
+        try:
+            for cells in reader:
+                if cells:
+                    yield line, [cell.replace(_RETURN, "\r") for cell in cells]
+                line = start + reader.line_num
+        except csv.Error as error:
+            what = f"the row that begins in line {line} is not readable as CSV ({error})"
+            raise BookError(f"{self.path.name}: {what}. Check its quotes.") from error
+
+    def _objects(self) -> Iterator[tuple[int, dict]]:
+        there: dict[str, None] = {}
+        for number, line in enumerate(self._lines, start=1):
+            try:
+                row = dict(json.loads(line.replace(_RETURN, " ")).items()) if line.strip() else {}
+            except (ValueError, AttributeError, RecursionError) as error:
+                what = f"is no JSON object: {excerpt(line.strip())}"
+                raise BookError(f"{self.path.name}, line {number} {what}. Write one object a line.") from error
+            there |= dict.fromkeys(row)
+            if row:
+                yield number, row
+        if there:
+            need(self.path, self.columns, list(there))
+
+
+def parquet(path: Path, columns: list[str]) -> pyarrow.parquet.ParquetFile:
+    """A Parquet file that has these columns. BookError: it has not, or is none."""
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BookError(f"{path.name} cannot be read as Parquet ({str(error).splitlines()[0]}). Write it again.") from error
+    need(path, columns, file.schema_arrow.names)
+    return file
+
+
+def need(path: Path, columns: list[str], there: list[str]) -> None:
+    """Refuse a file without one of these columns, or with one of them twice."""
+    for name in columns:
+        if name not in there:
+            raise BookError(f"{path.name}: {unknown_name('column', name, there)}")
+        if max(there.count(name), columns.count(name)) > 1:
+            raise BookError(
+                f"{path.name}: {name!r} is named twice, by its header or by you. Texts, labels and groups are different columns."
+            )
 
 
 def refuse(path: Path, cells: pd.Series, wrong: pd.Series, what: str) -> None:
@@ -67,75 +220,3 @@ def as_list(cell: object) -> tuple[str, ...] | None:
     if not isinstance(cell, (list, tuple, set)) or not all(isinstance(name, (str, int, float, type(None))) for name in cell):
         return None
     return tuple(sorted({as_text(name) for name in cell} - {""}))
-
-
-def _need(path: Path, columns: list[str], there: list[str]) -> None:
-    for name in columns:
-        if name not in there:
-            raise BookError(f"{path.name}: {unknown_name('column', name, there)}")
-        if max(there.count(name), columns.count(name)) > 1:
-            raise BookError(
-                f"{path.name}: {name!r} is named twice, by its header or by you. Texts, labels and groups are different columns."
-            )
-
-
-def _from_parquet(path: Path, columns: list[str]) -> pd.DataFrame:
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        _need(path, columns, file.schema_arrow.names)
-        rows = file.read(columns).to_pylist()  # pandas would make floats of whole numbers where one is missing
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BookError(f"{path.name} cannot be read as Parquet ({str(error).splitlines()[0]}). Write it again.") from error
-    return pd.DataFrame(rows, columns=columns, dtype=object).rename_axis("row")
-
-
-def _from_json_lines(path: Path, columns: list[str]) -> pd.DataFrame:
-    rows = {}
-    for number, line in enumerate(_content(path).split("\n"), start=1):
-        try:
-            rows |= {number: dict(json.loads(line).items())} if line.strip() else {}
-        except (ValueError, AttributeError, RecursionError) as error:
-            what = f"is no JSON object: {excerpt(line.strip())}"
-            raise BookError(f"{path.name}, line {number} {what}. Write one object a line.") from error
-    _need(path, columns, list({name: None for row in rows.values() for name in row}))
-    cells = [[row.get(name) for name in columns] for row in rows.values()]
-    return pd.DataFrame(cells, pd.Index(rows, name="line"), columns, dtype=object)
-
-
-def _from_delimited(path: Path, columns: list[str]) -> pd.DataFrame:
-    content, usual = _content(path), "\t" if path.suffix.lower() == ".tsv" else ","
-    headers = {each: next(_rows(path, content, each), (1, []))[1] for each in (usual, ";", "\t", "|", ",")}
-    headers = {each: [" ".join(cell.split()) for cell in header] for each, header in headers.items()}
-    delimiter = max(headers, key=lambda each: len(set(columns) & set(headers[each])))  # of equals the usual one
-    _need(path, columns, header := headers[delimiter])
-    rows = dict(_rows(path, content, delimiter, strict=True))
-    for line, cells in rows.items():
-        if len(cells) != len(header):
-            found = f"{len(cells)} fields between {delimiter!r} where the header has {len(header)}"
-            raise BookError(f"{path.name}, line {line}: {found}. Quote texts that hold one; end no row with one.")
-    return pd.DataFrame(list(rows.values()), pd.Index(rows, name="line"), header, dtype=object).iloc[1:][columns]
-
-
-def _rows(path: Path, content: str, delimiter: str, **options) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not empty, each with its first line. (pandas fills short rows, shifts long ones, and names no line.)"""
-    csv.field_size_limit(10**9)
-    reader, line = csv.reader(io.StringIO(content), delimiter=delimiter, **options), 1
-    try:
-        for cells in reader:
-            if cells:
-                yield line, cells
-            line = reader.line_num + 1
-    except csv.Error as error:
-        what = f"the row that begins in line {line} is not readable as CSV ({error})"
-        raise BookError(f"{path.name}: {what}. Check its quotes.") from error
-
-
-def _content(path: Path) -> str:
-    """The text of a file, with the line ends of Windows and of old Macs made `\\n`."""
-    raw = path.read_bytes()
-    try:
-        content = raw.decode("utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, byte = len((error.object[: error.start] + b".").splitlines()), f"byte {error.object[error.start]:#04x}"
-        raise BookError(f"{path.name}, line {line}: {byte} is no UTF-8. If it is a text file, save it as UTF-8.") from error
-    return content.replace("\r\n", "\n").replace("\r", "\n")

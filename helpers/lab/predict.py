@@ -1,0 +1,187 @@
+"""A file of texts in, the same file with labels and probabilities out, by any saved approach (chapter 11)."""
+
+import argparse
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from helpers import profiles
+from helpers.approach import Approach
+from helpers.errors import BookError
+from helpers.evaluation import Predictions
+from helpers.lab import statistics, tables
+
+ROWS, STREAMED = 1024, 32  # in memory at a time, of a file and of standard input
+Batch = tuple[list[dict], pyarrow.RecordBatch | None]  # of rows, in Parquet also as the file has them
+
+
+class File:
+    """Rows of a file with texts in `columns`, or of lines in the format that `path` ends in. BookError: as of `tables.read`."""
+
+    def __init__(self, path: Path, columns: list[str], encoding: str | None = None, lines: Iterable[str] | None = None) -> None:
+        self.path, self.columns, self.lines, self.parquet = path, columns, lines, path.suffix.lower() == ".parquet"
+        if lines is None:
+            tables.check(path)
+            self.encoding = None if self.parquet else encoding or tables.encoding_of(path, [])
+
+    def batches(self) -> Iterator[Batch]:
+        """All rows, so many at a time."""
+        if self.parquet:
+            both = ((batch.to_pylist(), batch) for batch in tables.parquet(self.path, self.columns).iter_batches(ROWS))
+        else:
+            lines = tables.lines(self.path, self.encoding) if self.lines is None else self.lines
+            self.rows = tables.Rows(lines, self.path, self.columns)
+            each, n = (row for _, row in self.rows), ROWS if self.lines is None else STREAMED
+            both = ((rows, None) for rows in iter(lambda: list(islice(each, n)), []))
+        for rows, batch in both:
+            for name in {"predicted", "probability"} & set(rows[0]):
+                raise BookError(f"{self.path.name} has a column {name!r} already. Rename it, or it would be lost.")
+            yield rows, batch
+
+    def write(self, out: IO, done: Iterable[tuple[Batch, dict[str, list]]]) -> None:
+        """Write rows with the columns that are added to them, in the format that they came in."""
+        target = None
+        for (rows, batch), new in done:
+            more = [dict(zip(new, each, strict=True)) for each in zip(*new.values(), strict=True)]
+            if self.parquet:
+                kinds = (pyarrow.string() if name == "predicted" else pyarrow.float64() for name in new)
+                columns = [*batch.columns, *map(pyarrow.array, new.values(), kinds)]
+                table = pyarrow.table(columns, names=[*batch.schema.names, *new])
+                target = target or pyarrow.parquet.ParquetWriter(out, table.schema)
+                target.write_table(table)
+            elif not self.rows.delimiter:
+                out.writelines(f"{json.dumps(row | one, ensure_ascii=False)}\n" for row, one in zip(rows, more, strict=True))
+            else:
+                options = {"delimiter": self.rows.delimiter, "lineterminator": "\n"}
+                plain, quoted = csv.writer(out, **options), csv.writer(out, **options, quoting=csv.QUOTE_ALL)
+                target = target or plain.writerow([*self.rows.header, *new])
+                for cells in ([*row.values(), *one.values()] for row, one in zip(rows, more, strict=True)):
+                    (quoted if any("\r" in str(cell) for cell in cells) else plain).writerow(cells)  # Python quotes \n only
+            out.flush()
+        if self.parquet and target:
+            target.close()
+
+
+def probabilities_of(approach: Approach, rows: list[dict], columns: list[str]) -> np.ndarray:
+    """Shape (n_rows, n_labels), float32: NaN where a row has no text."""
+    texts = [" ".join(filter(None, (tables.as_text(row.get(column)) for column in columns))) for row in rows]
+    found = np.full((len(texts), len(approach.labels)), np.nan, np.float32)
+    if filled := [row for row, text in enumerate(texts) if text]:
+        found[filled] = approach.predict_proba([texts[row] for row in filled])
+    return found
+
+
+def added(approach: Approach, probabilities: np.ndarray) -> dict[str, list]:
+    """What rows get: `predicted`, and its `probability`; several labels are joined by `;`, and each has a column with its own.
+
+    None where there is no text. Labels are decided as the approach says (`use`), else at 0.5.
+    """
+    without, labels = np.isnan(probabilities[:, 0]), np.array(approach.labels)
+    rows = np.where(without[:, None], 0, probabilities).astype(float)
+    if approach.multi_label:
+        said = Predictions("", approach.labels, rows, np.zeros(rows.shape, int))
+        said = statistics.decided(said, **approach.use.get("decision", {"threshold": 0.5, "at_least_one": False}))
+        found = {"predicted": [";".join(labels[row == 1]) for row in said.predicted]}
+        found |= {f"probability of {label}": column.round(6).tolist() for label, column in zip(labels, rows.T, strict=True)}
+    else:
+        found = {"predicted": labels[rows.argmax(axis=1)].tolist(), "probability": rows.max(axis=1).round(6).tolist()}
+    return {name: [None if no else each for each, no in zip(column, without, strict=True)] for name, column in found.items()}
+
+
+def predict(approach: Approach, file: File, out: Path, progress: bool = True) -> np.ndarray:
+    """Write the rows of `file` with what is `added` to the file `out`; returns the probabilities, (n_rows, n_labels).
+
+    They are kept beside `out` as they come, so that a run that was stopped or killed goes on. BookError: `out` exists, has
+    another ending or is being written, or what lies beside it is of another file or approach.
+    """
+    if out.exists() or out.suffix.lower() != file.path.suffix.lower():
+        why = "exists already; nothing was overwritten" if out.exists() else f"has another ending than {file.path.name}"
+        raise BookError(f"{out} {why}. Give another --out.")
+    n_rows, n_labels = sum(len(rows) for rows, _ in file.batches()), len(approach.labels)  # what cannot be read is named first
+    if not n_rows:
+        raise BookError(f"{file.path.name} has no rows.")
+    part, status = out.with_name(f"{out.name}.part"), file.path.stat()
+    stamp = [str(file.path.resolve()), status.st_size, status.st_mtime, file.columns, approach.labels, approach.training_seconds]
+    stamp = json.dumps(stamp).encode() + b"\n"
+    with part.open("a+b") as kept, tqdm(total=n_rows, unit="row", disable=not progress) as bar:
+        kept.seek(0)
+        if (held := kept.readline()) not in (b"", stamp):
+            raise BookError(f"{part} is of another file or approach. Delete it, or give another --out.")
+        n_done = max(0, part.stat().st_size - len(stamp)) // (4 * n_labels)
+        kept.truncate(len(held) + 4 * n_labels * n_done)
+        kept.write(b"" if held else stamp)
+        for rows, _ in file.batches():
+            if to_do := rows[max(0, n_done - bar.n) :]:
+                kept.write(probabilities_of(approach, to_do, file.columns).tobytes())
+                kept.flush()
+            bar.update(len(rows))
+    probabilities = np.fromfile(part, np.float32, offset=len(stamp)).reshape(n_rows, n_labels)
+
+    def done() -> Iterator[tuple[Batch, dict[str, list]]]:
+        at = 0
+        for batch in file.batches():
+            at += len(batch[0])
+            yield batch, added(approach, probabilities[at - len(batch[0]) : at])
+
+    options = {"mode": "wb"} if file.parquet else {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    with open(written := out.with_name(f"{out.name}.tmp"), **options) as target:
+        file.write(target, done())
+    written.replace(out)
+    part.unlink()
+    return probabilities
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Label the texts of a file with a saved approach: the same file comes out, with the columns `predicted` and `probability`.
+
+    Stop it whenever you like: it goes on where it was. Several labels are joined by `;`, and each has a column with its
+    probability.
+    """
+    examples = Path(__file__).with_name("predict_examples.txt").read_text(encoding="utf-8")
+    options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("python -m helpers.predict", description=main.__doc__, **options)
+    add = parser.add_argument
+    add("model", type=Path, help="the folder of a saved approach, such as tickets-compared/head")
+    add("file", help="a .csv, .tsv, .jsonl or .parquet file with a row for each text, or - for standard input")
+    add("--out", type=Path, help="the file to write, with the same ending (default: standard output, except for Parquet)")
+    add("--text", nargs="+", help="the column with the texts, or several to be joined (default: as in training, else text)")
+    add("--encoding", help="of a text file, such as cp1252 (default: found out)")
+    add("--format", choices=("jsonl", "csv", "tsv"), default="jsonl", help="of standard input (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    try:
+        tables.utf8_streams()
+        profiles.quiet()
+        stream, out = given.file == "-", given.out and given.out.expanduser()
+        approach = Approach.load(given.model)
+        columns, path = given.text or approach.use.get("text", ["text"]), Path(f"lines.{given.format}" if stream else given.file)
+        file = File(path.expanduser(), columns, given.encoding, sys.stdin if stream else None)
+        if out is None or stream:
+            if out or file.parquet:
+                raise BookError("Standard input goes to standard output: leave out --out." if out else "Parquet needs an --out.")
+            batches = ((batch, probabilities_of(approach, batch[0], columns)) for batch in file.batches())
+            file.write(sys.stdout, ((batch, added(approach, found)) for batch, found in batches))
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(FileLock(lock := Path(f"{out}.lock"), timeout=0))
+            stack.callback(lock.unlink, missing_ok=True)
+            without = np.isnan(predict(approach, file, out)[:, 0])
+        print(f"{len(without):,} rows are in {out}, {without.sum():,} of them without a text and so without a label.")
+    except Timeout:
+        sys.exit(f"{given.out} is being written by another process. Wait for it, or give another --out.")
+    except BookError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
