@@ -93,7 +93,7 @@ def test_one_command_from_the_file_to_the_verdict_and_to_labels_for_new_texts(
             row = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith(f"| {label} "))
             assert float(row.split("|")[3]) == pytest.approx(f1, abs=0.06)
         task = sweeps.load_task(
-            record["key"], data.key(record["key"]["approach"], 0, record["key"]["options"]["n_train"], None)[1]
+            record["key"], data.key(record["key"]["approach"], 0, record["key"]["options"]["n_train"], 1, None)[1]
         )
         assert np.allclose(Approach.load(folder).predict_proba(task.test["text"]), record["probabilities"], atol=1e-4)
         code = re.search(r"```python\n(.*?)```", of_readme(folder, "Use"), re.S)[1]

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from helpers import base_models, evaluation, profiles, prompts, records, tasks
 from helpers.checkpoints import write_whole
-from helpers.corpora import Document, Source
+from helpers.corpora import Document, Source, remove_duplicates
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
 from helpers.lab import own_data, statistics, sweeps, tables
@@ -100,19 +100,19 @@ def plan(
         if number is not None and number <= 0:
             raise BookError(f"{name} is {number}, but it has to be more than 0.")
     size, data = {name: sizes.get(name) or most for name, most in SIZES[profile].items()}, own_data.cut(data)
-    n, least = len(data.documents), 2 if data.multi_label else len(data.labels)
-    # groups cannot be halved: of the fifth and the tenth of them that `tasks.split` sets aside, not all is asked for
-    n_test = n // 8 if data.documents[0].group else max(n // 5, min(n // 3, 300))
-    parts = {"n_test": n_test, "n_validation": n_test // 2}
-    parts = {name: sizes.get(name) or max(least, min(size[name], n)) for name, n in parts.items()}
-
     tokenizer, suffix = base_models.load_tokenizer(base_model), f"\n\nThe {of} of this text is"
     prompts.check_open_end(tokenizer)
     room = tokenizer.model_max_length - max(len(tokenizer(f"{suffix} {label}").input_ids) for label in data.labels) - 8
     if size["tokens"] > room:
         raise BookError(f"--tokens {size['tokens']} do not fit: {base_model} has room for {room} beside the question.")
-    options = {"conflicting": "unite" if data.multi_label else "drop", "shorten": tasks.first_tokens(tokenizer, size["tokens"])}
-    splits = [tasks.split(data.name, data.documents, **parts, **options, seed=seed) for seed in range(seeds)]
+    shorten, conflicting = tasks.first_tokens(tokenizer, size["tokens"]), "unite" if data.multi_label else "drop"
+    documents = remove_duplicates([each._replace(text=shorten(each.text)) for each in data.documents], conflicting)
+    n, least = len(documents), 2 if data.multi_label else len(data.labels)
+    # groups cannot be halved: of the fifth and the tenth of them that `tasks.split` sets aside, not all is asked for
+    n_test = n // 8 if data.documents[0].group else max(n // 5, min(n // 3, 300))
+    parts = {"n_test": n_test, "n_validation": n_test // 2}
+    parts = {name: sizes.get(name) or max(least, min(size[name], n)) for name, n in parts.items()}
+    splits = [tasks.split(data.name, documents, **parts, seed=seed) for seed in range(seeds)]
     unseen = sorted({label for task in splits for label, count in task.counts()["test"].items() if not count})
     lines = [f"{label!r} has no test document in one of the splits: macro-F1 there is that of the others." for label in unseen]
 
@@ -145,7 +145,7 @@ def run(plan: Plan, out: str | Path, progress: bool = True) -> list[dict]:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(note, asked)
     base_models.fetch(base_models.ENCODER)  # which says so if that takes time
-    with tqdm(total=round(60 * plan.minutes), bar_format="{bar:20} {elapsed} {desc}", disable=not progress) as bar:
+    with tqdm(total=round(60 * plan.minutes), bar_format="{bar:20} {elapsed} {desc}", disable=None if progress else True) as bar:
         threading.Thread(target=_tick, args=(bar,), daemon=True).start()
         for seed in range(len(plan.splits)):
             made += _of_split(plan, seed, out, bar)
@@ -189,7 +189,7 @@ def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
             record, seconds = more or record, seconds + (_seconds(more) if more else 0)
         spent += seconds
         needed = (_seconds_of(tried) + for_each * n_all) / left if record["key"]["options"]["n_train"] < n_all else 0
-        yield {**record, "tried": tried, "minutes": plan.minutes * max(1, needed)}
+        yield {**record, "tried": tried, "n_tried": n, "minutes": plan.minutes * max(1, needed)}
 
 
 def _epochs(passes: float, n: int) -> int:

@@ -114,7 +114,7 @@ def predict(approach: Approach, file: File, out: Path, progress: bool = True) ->
     part, status = out.with_name(f"{out.name}.part"), file.path.stat()
     stamp = [str(file.path.resolve()), status.st_size, status.st_mtime, file.columns, approach.labels, approach.training_seconds]
     stamp = json.dumps(stamp).encode() + b"\n"
-    with part.open("a+b") as kept, tqdm(total=n_rows, unit="row", disable=not progress) as bar:
+    with part.open("a+b") as kept, tqdm(total=n_rows, unit="row", disable=None if progress else True) as bar:
         kept.seek(0)
         if (held := kept.readline()) not in (b"", stamp):
             raise BookError(f"{part} is of another file or approach. Delete it, or give another --out.")
