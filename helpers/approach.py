@@ -45,8 +45,7 @@ class Approach:
     def fit(self, task: Task) -> Self:
         """Train on `task.train`; nothing is learned from validation or test.
 
-        Raises:
-            BookError: what the approach cannot learn from, such as a document that is longer than its model takes.
+        BookError: what the approach cannot learn from, such as a document that is longer than its model takes.
         """
         self.labels, self.multi_label = task.labels, task.multi_label
         with measure() as cost, profiles.fast_products():
@@ -66,8 +65,7 @@ class Approach:
     def predict(self, documents: Dataset, batch_size: int = 32) -> Predictions:
         """`predict_proba` for `documents` (columns `text`, `label` and, if they have groups, `group`), with gold labels and cost.
 
-        Raises:
-            BookError: a column is missing, or as `predict_proba`.
+        BookError: a column is missing, or as `predict_proba`.
         """
         texts, gold = texts_of(documents), gold_of(documents)
         with measure() as cost:
@@ -88,8 +86,7 @@ class Approach:
     def save(self, folder: str | Path) -> Path:
         """Store what was trained, labels and settings in `folder`; a base model is not copied.
 
-        Raises:
-            BookError: nothing was trained yet, or `folder` holds something else.
+        BookError: nothing was trained yet, or `folder` holds something else.
         """
         folder = Path(folder).expanduser()
         if not hasattr(self, "labels"):
@@ -109,8 +106,7 @@ class Approach:
     def load(cls, folder: str | Path) -> Self:
         """What `save` stored, ready to predict; `Approach.load` takes the folder of any approach.
 
-        Raises:
-            BookError: `folder` holds nothing that `save` wrote, another approach, or one with the options of an ablation.
+        BookError: `folder` holds nothing that `save` wrote, another approach, or one with the options of an ablation.
         """
         folder = Path(folder).expanduser()
         if not (folder / _NOTE).exists():

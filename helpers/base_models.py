@@ -61,12 +61,8 @@ SHAPES, MORE_SHAPES = ({name: AutoConfig.for_model(**shape) for name, shape in o
 def fetch(name: str = DEFAULT, files: tuple[str, ...] = _FILES) -> str:
     """The folder to hand to any `from_pretrained`, with config, tokenizer and safetensors weights in it.
 
-    Args:
-        name: an embedded model (`EMBEDDED`), a local folder, or a hub id with a slash in it.
-        files: what is fetched from the hub.
-
-    Raises:
-        BookError: no such name, a gated model, a folder without one, a hub or an index out of reach, no room on the disk.
+    `name` is an embedded model (`EMBEDDED`), a local folder, or a hub id with a slash in it; `files` are fetched from the hub.
+    BookError: no such name, a gated model, a folder without one, a hub or an index out of reach, no room on the disk.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -92,11 +88,10 @@ def fetch(name: str = DEFAULT, files: tuple[str, ...] = _FILES) -> str:
 
 def identity(name: str) -> tuple[str, str]:
     """The name of a base model, a folder's with its whole path, and a fingerprint of a sample of its weights."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(fetch(name)).glob("*.safetensors")):
-        weights = np.memmap(path, np.uint8, "r")
-        digest.update(weights[:: len(weights) // 4096 + 1].tobytes())
-    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name, digest.hexdigest()[:16]
+    files, folder = sorted(Path(fetch(name)).glob("*.safetensors")), Path(name).expanduser()
+    weights = [np.memmap(file, np.uint8, "r") for file in files]
+    sample = b"".join(each[:: len(each) // 4096 + 1].tobytes() for each in weights)
+    return str(folder.resolve()) if folder.is_dir() else name, hashlib.sha256(sample).hexdigest()[:16]
 
 
 def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrainedTokenizerBase:

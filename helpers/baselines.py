@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import joblib
 import numpy as np
@@ -88,7 +87,6 @@ class FrozenProbe(Approach):
     quantized: bool = True
     C: float = 0.1  # of `fit_probe`
     name: str = "frozen embedding + probe"
-    lower_states: ClassVar[dict | None] = None  # embeddings by text, if trainings share them
 
     def _load_base(self) -> None:
         self.tokenizer = base_models.load_tokenizer(self.base_model)
@@ -103,10 +101,7 @@ class FrozenProbe(Approach):
 
     def _features(self, texts: list[str]) -> np.ndarray:
         texts = prompts.sanitize_prompts(texts, self.tokenizer, after=self.suffix)
-        known = {} if self.lower_states is None else self.lower_states
-        if new := [text for text in dict.fromkeys(texts) if text not in known]:
-            known |= zip(new, embed(new, self.model, self.tokenizer, self.pooling), strict=True)
-        return np.stack([known[text] for text in texts])
+        return embed(texts, self.model, self.tokenizer, self.pooling)
 
     def _logits(self, features: np.ndarray) -> np.ndarray:
         return features @ self.probe.coef_.T

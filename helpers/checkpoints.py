@@ -24,8 +24,7 @@ def resumable(folder: str | None, settings: dict) -> Iterator[dict]:
         folder: for the checkpoints; None for none.
         settings: what is trained there, with the name of the approach as `approach`; noted in the folder.
 
-    Raises:
-        BookError: the folder holds a training with other settings or on other documents.
+    BookError: the folder holds a training with other settings or on other documents.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as scratch:

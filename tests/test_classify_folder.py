@@ -9,6 +9,8 @@ import threading
 import numpy as np
 import pandas as pd
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import BOOK
 from datasets import Dataset
@@ -250,6 +252,18 @@ def test_files_that_cannot_be_classified_are_named_before_any_work(saved, docume
     with pytest.raises(BookError, match=message):
         classify_folder.classify(documents, saved, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_column_of_categories_or_views_is_text_and_the_parts_of_another_run_stay(saved, tmp_path):
+    texts = pyarrow.array(["the coach", "a bank", None])
+    for name, each in {"category": texts.dictionary_encode(), "view": texts.cast(pyarrow.string_view())}.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": each}), tmp_path / f"{name}.parquet")
+        classify_folder.check(tmp_path / f"{name}.parquet", "text")
+        (tmp_path / "out").mkdir(exist_ok=True)
+        assert loaded(saved, tmp_path / "out").classify(tmp_path / f"{name}.parquet") == 3
+    parts = {pid: tmp_path / f".a.parquet.{pid}.7.part" for pid in (os.getpid(), os.getppid(), 2**22 + 1)}
+    assert [classify_folder.of_another_run(part) for part in parts.values()] == [False, True, False]
+    assert not classify_folder.of_another_run(tmp_path / ".9.parquet.0.part")
 
 
 def test_what_is_no_parquet_and_what_is_no_approach(saved, documents, tmp_path):

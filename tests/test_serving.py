@@ -17,6 +17,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import ClusterConfig
 from conftest import BOOK
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from helpers import base_models, tasks
@@ -113,6 +114,7 @@ def test_documents_are_cut_as_in_training_and_the_suffix_is_kept(exported, train
 
 def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trained, tmp_path):
     lines = [json.dumps({"text": text}) for text in TEXTS] + ["{", '{"body": "a"}', '{"text": " "}', "3"]
+    lines += ['{"text": "cut \\ud83d"}', json.dumps({"text": "stock"})]  # half an emoji; the next one is answered
     blocked = tmp_path / "blocked"
     for name in ("torch", "helpers", "transformers"):
         (blocked / name).mkdir(parents=True)
@@ -123,11 +125,12 @@ def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trai
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=ALONE | {"PYTHONPATH": str(blocked)},
+        env=ALONE | {"PYTHONPATH": str(blocked), "PYTHONIOENCODING": "cp1252"},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
+    assert said.pop()["label"] == said[3]["label"] and said.pop() == {"error": "the text has half a character"}
     want = expected(exported[0], trained, TEXTS)
     assert [each["label"] for each in said[: len(TEXTS)]] == [trained.labels[row.argmax()] for row in want]
     assert np.allclose([list(each["probabilities"].values()) for each in said[: len(TEXTS)]], want, atol=1e-3)
@@ -137,6 +140,18 @@ def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trai
     ]
     wrong = subprocess.run([sys.executable, str(SCRIPTS / "score.py"), "nowhere"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("Give the folder of an exported classifier")
+
+
+def test_several_labels_have_a_sigmoid_each_and_a_threshold(exported, trained, tmp_path):
+    folder = shutil.copytree(exported[1], tmp_path / "several")
+    known = json.loads((folder / "labels.json").read_text())
+    single = scorer(folder).score(TEXTS)
+    (folder / "labels.json").write_text(json.dumps(known | {"multi_label": True, "threshold": 0.6}))
+    several = scorer(folder).score(TEXTS)
+    odds = several / (1 - several)  # of a softmax the same odds, divided by their sum
+    assert np.allclose(odds / odds.sum(axis=1, keepdims=True), single, atol=1e-4)
+    said = runpy.run_path(str(SCRIPTS / "score.py"))["answer"](scorer(folder), json.dumps({"text": TEXTS[0]}))
+    assert said["labels"] == [label for label, one in zip(known["labels"], several[0], strict=True) if one >= 0.6]
 
 
 def begun(processes, documents, base, out, *more):
@@ -179,6 +194,9 @@ def test_two_processes_have_the_losses_of_one(documents, tiny_model, tmp_path):
     [
         (2, "text,label\na,b\n", "--batch-size 3 cannot be shared by 2 processes"),
         (1, "text,class\na,b\n", "has no column 'label', only text, class"),
+        (1, "text,label\na,b\n\nc,\n", "line 4: text or label is empty"),
+        (1, "text,label\na, and more,b\n", "line 2: more or fewer fields than the header has"),
+        (1, "text,label\na\n", "line 2: more or fewer fields than the header has"),
     ],
 )
 def test_a_batch_that_cannot_be_shared_and_a_file_without_labels_are_refused(
@@ -190,7 +208,18 @@ def test_a_batch_that_cannot_be_shared_and_a_file_without_labels_are_refused(
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(str(SCRIPTS / "train.py"))
-    assert message in capsys.readouterr().err
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_path_is_no_pattern_and_a_label_is_read_as_it_stands(tiny_model, tmp_path):
+    rows = [f"the goal of {n},{label}" for n, label in enumerate(["NA", "None", "1", "2.0"] * 2)]
+    (tmp_path / "tickets 2.csv").write_text("text,label\nanother,file\n")
+    (tmp_path / "tickets [2024].csv").write_text("\n".join(["text,label", *rows]))
+    training = begun(1, tmp_path / "tickets [2024].csv", tiny_model, tmp_path / "out", "--epochs", "1", "--batch-size", "4")
+    _, errors = training.communicate(timeout=600)
+    assert training.returncode == 0, errors[-2000:]
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert [len(each) for name, each in weights.items() if "score" in name] == [4]
 
 
 def test_accelerate_reads_the_configuration_for_several_gpus():

@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -51,9 +52,9 @@ def load(saved):
 class Classifier:
     """A worker: loads the approach once, then takes file after file."""
 
-    def __init__(self, saved, out, text, threads, tokens=None):
+    def __init__(self, saved, out, text, threads, tokens=None, run=0):
         torch.set_num_threads(threads)
-        self.saved, self.out, self.text = saved, out, text
+        self.saved, self.out, self.text, self.run = saved, out, text, run
         self.tokens, self.approach = tokens, None
 
     def __call__(self, batch):
@@ -81,7 +82,7 @@ class Classifier:
         leaves a whole file or none.
         """
         source = pyarrow.parquet.ParquetFile(path)
-        part = self.out / f".{path.name}.{os.getpid()}.part"
+        part = self.out / f".{path.name}.{self.run}.{os.getpid()}.part"
         word = pyarrow.string()
         label = pyarrow.list_(word) if self.approach.multi_label else word
         kinds = (label, pyarrow.list_(pyarrow.float32()))
@@ -126,6 +127,16 @@ class Classifier:
         return predicted, probabilities
 
 
+def of_another_run(part):
+    """Whether a process that still runs, and is not this one, has begun it."""
+    run = part.suffixes[-3][1:]
+    return (
+        run.isdigit()
+        and int(run) != os.getpid()
+        and psutil.pid_exists(int(run))
+    )
+
+
 def check(path, text):
     """Refuse a file that cannot be classified."""
     try:
@@ -142,7 +153,9 @@ def check(path, text):
             f"{', '.join(schema.names)}. Name the one with the texts."
         )
     kind = schema.field(text).type
-    if kind not in (pyarrow.string(), pyarrow.large_string()):
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    words = (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
+    if values not in words:
         raise BookError(
             f"{path.name}: the column {text!r} holds {kind}, no text. "
             "Name another one."
@@ -218,7 +231,14 @@ def run_workers(to_do, workers, *arguments):
         try:
             return rows.map_batches(
                 Classifier,
-                fn_constructor_args=(saved, out, text, threads, tokens),
+                fn_constructor_args=(
+                    saved,
+                    out,
+                    text,
+                    threads,
+                    tokens,
+                    os.getpid(),
+                ),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(
                     size=workers, max_tasks_in_flight_per_actor=1
@@ -279,7 +299,8 @@ def classify(documents, saved, out, text="text", tokens=None, workers=2):
             done = run_workers(to_do, workers, saved, out, text, tokens)
     finally:
         for part in out.glob(".*.part"):  # of workers that were killed
-            part.unlink()
+            if not of_another_run(part):
+                part.unlink(missing_ok=True)
     refused = [each["refused"] for each in done if each["refused"]]
     if refused:
         raise BookError(

@@ -5,6 +5,7 @@ A setting that is added here or in `helpers` also goes, with its default, into `
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -184,6 +185,7 @@ class FrozenProbe(baselines.FrozenProbe):
 
     layer: int | None = None  # read the hidden states above so many blocks (and the final norm); None for all of them
     causal: bool = True  # as for `EmbeddingHead`
+    lower_states: ClassVar[dict | None] = None  # embeddings by text, if trainings share them (`search`)
 
     def _load_base(self) -> None:
         super()._load_base()
@@ -202,7 +204,10 @@ class FrozenProbe(baselines.FrozenProbe):
 
     def _features(self, texts: list[str]) -> np.ndarray | list[np.ndarray]:
         if self.pooling != "attention":
-            return super()._features(texts)
+            known = {} if self.lower_states is None else self.lower_states
+            if new := [text for text in texts if text not in known]:
+                known |= zip(new, super()._features(new), strict=True)
+            return np.stack([known[text] for text in texts])
         texts = prompts.sanitize_prompts(texts, self.tokenizer, after=self.suffix)
         states: list = [None] * len(texts)
         for rows, hidden, mask in hidden_states(texts, self.model, self.tokenizer):

@@ -31,9 +31,10 @@ class File:
 
     def __init__(self, path: Path, columns: list[str], encoding: str | None = None, lines: Iterable[str] | None = None) -> None:
         self.path, self.columns, self.lines, self.parquet = path, columns, lines, path.suffix.lower() == ".parquet"
+        self.warnings: list[str] = []
         if lines is None:
             tables.check(path)
-            self.encoding = None if self.parquet else encoding or tables.encoding_of(path, [])
+            self.encoding = None if self.parquet else encoding or tables.encoding_of(path, self.warnings)
 
     def batches(self) -> Iterator[Batch]:
         """All rows, so many at a time."""
@@ -160,12 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--format", choices=("jsonl", "csv", "tsv"), default="jsonl", help="of standard input (default: %(default)s)")
     given = parser.parse_args(arguments)
     try:
-        tables.utf8_streams()
+        tables.utf8_streams(given.encoding)
         profiles.quiet()
         stream, out = given.file == "-", given.out and given.out.expanduser()
         approach = Approach.load(given.model)
         columns, path = given.text or approach.use.get("text", ["text"]), Path(f"lines.{given.format}" if stream else given.file)
         file = File(path.expanduser(), columns, given.encoding, sys.stdin if stream else None)
+        print(*(f"warning: {line}\n" for line in file.warnings), sep="", end="", file=sys.stderr)
         if out is None or stream:
             if out or file.parquet:
                 raise BookError("Standard input goes to standard output: leave out --out." if out else "Parquet needs an --out.")
@@ -179,8 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{len(without):,} rows are in {out}, {without.sum():,} of them without a text and so without a label.")
     except Timeout:
         sys.exit(f"{given.out} is being written by another process. Wait for it, or give another --out.")
-    except BookError as error:
-        sys.exit(str(error))
+    except (BookError, LookupError, UnicodeDecodeError) as error:  # the last two: of standard input
+        sys.exit(str(error) if isinstance(error, BookError) else f"Standard input: {error}. Name its --encoding.")
 
 
 if __name__ == "__main__":

@@ -47,11 +47,12 @@ def read(path: Path, columns: list[str], encoding: str | None = None) -> pd.Data
     return table
 
 
-def utf8_streams() -> None:
-    """Let standard input and output be UTF-8, whatever the system's locale says."""
+def utf8_streams(encoding: str | None = None) -> None:
+    """Let standard output be UTF-8, whatever the system's locale says, and standard input too, or in `encoding`."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            given, errors = (encoding or "utf-8", "strict") if stream is sys.stdin else ("utf-8", "backslashreplace")
+            stream.reconfigure(encoding=given, errors=errors)
 
 
 def check(path: Path) -> None:
