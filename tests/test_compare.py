@@ -354,6 +354,17 @@ def test_an_unknown_size_is_refused(file):
         compare.plan(own_data.read(file, "text", "label"), n_tests=3)
 
 
+def test_help_and_pages_agree(capsys):
+    pages = [(ROOT / "book" / "11_your_own_data.ipynb").read_text(), (ROOT / "README.md").read_text()]
+    pages += [path.read_text() for path in (ROOT / "helpers" / "lab").glob("*_examples.txt")]
+    for name, command in {"compare": compare.main, "predict": predict.main}.items():
+        with pytest.raises(SystemExit, match="0"):
+            command(["--help"])
+        known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+        lines = [line for page in pages for line in re.findall(rf"python -m helpers\.{name} ([^\n\"`|]*)", page)]
+        assert len(lines) >= 4 and all(set(re.findall(r"--[a-z][a-z-]*", line)) <= known for line in lines), lines
+
+
 def test_the_command_has_a_door_of_its_old_name(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["compare", "--help"])
     with pytest.raises(SystemExit, match="0"):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 READER, LAB = sorted((ROOT / "helpers").glob("*.py")), sorted((ROOT / "helpers" / "lab").glob("*.py"))
 FIRST_SITTING = [ROOT / "helpers" / f"{name}.py" for name in ("tasks", "approach", "embedding_head", "instruction", "evaluation")]
-DOORS = {"compare"}  # a command that readers know by this name
+DOORS = {"compare", "predict"}  # commands that readers know by these names
 every_module = pytest.mark.parametrize("path", READER + LAB, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
 

@@ -182,7 +182,8 @@ def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
         seconds, n, tried = _seconds(record), record["key"]["options"]["n_train"], record["tried"]
         forward = tried[0]["training_seconds"] / n if kind == "FrozenProbe" else forward
         for_each = 1.2 * seconds / n / (len(tried) if rates else 1) * later / epochs
-        fits = n_all if kind == "TfidfSvm" else min(n_all, int((left - seconds) / for_each))
+        baseline = kind == "TfidfSvm" or (kind in SEARCHED and for_each * n_all < budget)  # on all, if that can be
+        fits = n_all if baseline else min(n_all, int((left - seconds) / for_each))
         if fits > 1.25 * n:
             run = (kind, seed, fits, given or _epochs(passes, fits), record["chosen"]["settings"])
             more = _made(plan, run, out / folder, left - seconds, bar)

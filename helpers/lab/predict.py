@@ -117,7 +117,9 @@ def predict(approach: Approach, file: File, out: Path, progress: bool = True) ->
     stamp = json.dumps(stamp).encode() + b"\n"
     with part.open("a+b") as kept, tqdm(total=n_rows, unit="row", disable=None if progress else True) as bar:
         kept.seek(0)
-        if (held := kept.readline()) not in (b"", stamp):
+        held = kept.readline()
+        held = b"" if stamp.startswith(held) and held != stamp else held  # killed while that was written
+        if held not in (b"", stamp):
             raise BookError(f"{part} is of another file or approach. Delete it, or give another --out.")
         n_done = max(0, part.stat().st_size - len(stamp)) // (4 * n_labels)
         kept.truncate(len(held) + 4 * n_labels * n_done)
