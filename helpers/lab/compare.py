@@ -290,6 +290,7 @@ def _describe(plan: Plan, record: dict, predictions: Predictions, folder: Path) 
     base = f"HuggingFaceTB/{plan.base_model}" if plan.base_model == base_models.DEFAULT else plan.base_model
     scores, labels = evaluation.evaluate(predictions), of_labels({"F1 %": predictions}).round(1).to_markdown()
     words = {"data": plan.data, "record": record, "base": base, "folder": folder, "use": use, "scores": scores, "labels": labels}
+    words["n_splits"] = len(plan.splits)
     write_whole(folder / "README.md", _page("model_card.md", **words, **record["key"]))
 
 
