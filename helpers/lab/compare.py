@@ -224,10 +224,9 @@ def results(made: Iterable[dict], validation: bool = False) -> dict[str, Predict
     """Every approach's predictions on all test sets, or validation sets; several labels are decided as is best on validation."""
     found: dict[str, list[Predictions]] = {}
     for record in made:
-        predictions, known = records.predictions_of(record), records.validation_of(record)
-        predictions = known if validation else predictions
+        predictions = (records.validation_of if validation else records.predictions_of)(record)
         if predictions.multi_label:
-            predictions = statistics.decide(predictions, known, "macro_f1")
+            predictions = statistics.decide(predictions, records.validation_of(record), "macro_f1")
         found.setdefault(predictions.approach, []).append(predictions)
     return {name: evaluation.pool(each) if len(each) > 1 else each[0] for name, each in found.items()}
 
