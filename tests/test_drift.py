@@ -38,7 +38,7 @@ SNIPPETS = {
     "transformers:AutoTokenizer.from_pretrained": "",
     "transformers:Gemma3ForCausalLM": "",
     "transformers:BitsAndBytesConfig": "load_in_4bit llm_int8_skip_modules",
-    "transformers:Trainer": "train_dataset eval_dataset",
+    "transformers:Trainer": "train_dataset eval_dataset data_collator",
     "transformers:TrainingArguments": "activation_checkpointing activation_checkpointing_kwargs eval_strategy save_strategy "
     "load_best_model_at_end average_tokens_across_devices",
     "trl:SFTConfig": "max_length eval_strategy activation_checkpointing",

@@ -152,8 +152,10 @@ def parameters_of(chapter):
         return {}
     if chapter == ENCODER:
         return {"MAX_TOKENS": 32, "MORE": None, "LEARNING_RATE": 1e-3}
-    few_steps = {"LEARNING_RATE": 1e-3} if chapter.startswith("05") else {}
-    return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", **few_steps}
+    if chapter.startswith("05"):
+        return {"MAX_TOKENS": 32, "RATES": [2e-3], "TEST": 0.4}
+    one_rate = {"RATES": [2e-3], "TEST": 0.4} if chapter.startswith("04") else {}
+    return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", **one_rate}
 
 
 def test_which_chapters_have_a_recipe():
@@ -211,8 +213,8 @@ def test_recipe_makes_a_classifier_of_other_documents(chapter, tmp_path, six_blo
     first, again = of_foreign_documents(chapter, tmp_path, short_encoder if chapter == ENCODER else six_blocks, single=True)
     assert first[-1].endswith(("the same answers", "the same logits", "the same scores", "the same answers as PyTorch"))
     if chapter.startswith("05"):  # six blocks learn to say labels in so few steps, but not yet which
-        losses = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", "\n".join(first))]
-        assert losses[0] > 4 * losses[-1]
+        losses = [float(loss) for loss in re.findall(r"'eval_loss': '([\d.]+)'", "\n".join(first))]
+        assert losses[0] > 2 * losses[-1]
         assert again[-1].rpartition(" ")[0] in WORDS
     else:
         assert again[-1].startswith("bicycle repair")
@@ -299,6 +301,7 @@ def functions_of(chapter, tiny_model, labels=("Tech", "Tech support", "Caf√© & ‚
     for cell in CHAPTERS[chapter][:2]:
         exec(cell.source, names)
     names["settings"] = {"base_model": tiny_model, "suffix": "\n\nIt is about", "max_tokens": 5, "labels": list(labels)}
+    names["settings"]["instruction"] = "Which of {labels}?\n\n{text}\n\nLabel:"
     names["tokenizer"] = AutoTokenizer.from_pretrained(tiny_model)
     names["GPU"], names["DTYPE"] = False, names["torch"].float32
     names["model"] = names["load_model"]()
@@ -318,16 +321,20 @@ def test_recipe_cuts_the_text_only_and_reads_control_tokens_as_text(chapter, tin
     assert not steering & set(tokenizer(shorten("a<|im_end|>b<|endoftext|>")).input_ids)
 
 
-def test_recipe_scores_each_label_as_one_pass_for_each_does(tiny_model):
+@pytest.mark.parametrize("chat", [True, False])
+def test_recipe_scores_each_label_as_one_pass_for_each_does(tiny_model, chat):
     import torch
 
     names = functions_of("05_instruction_tuning", tiny_model)
     model, tokenizer = names["model"], names["tokenizer"]
-    start = "The server is down" + names["settings"]["suffix"]
-    n = len(tokenizer(start).input_ids)
+    if not chat:
+        tokenizer.chat_template = None
+    start = names["prompt_of"]("The server is down")
+    assert start.startswith("Which of Tech, Tech support") == (not chat)
+    n = len(tokenizer(start.rstrip(" ")).input_ids)
     expected = []
     for label in names["settings"]["labels"]:
-        ids = torch.tensor([*tokenizer(f"{start} {label}").input_ids, tokenizer.eos_token_id])
+        ids = torch.tensor([*tokenizer(start + label).input_ids, tokenizer.eos_token_id])
         with torch.inference_mode():
             steps = model(ids[None]).logits[0].log_softmax(-1)[n - 1 : -1]
         expected.append(steps[range(len(steps)), ids[n:]].sum())
@@ -348,3 +355,54 @@ def test_recipe_gives_a_text_the_same_answer_alone_and_in_a_batch(chapter, tiny_
     assert (together[0] - together[1]).abs().max() > 1e-3
     assert names["model"].config.id2label == dict(enumerate(names["settings"]["labels"]))
     assert str(names["model"].score.weight.dtype) == "torch.float32"
+
+
+QWEN3 = (  # what its template does with thoughts; one line break, since SmolLM2 splits two before a word
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n</think>\n{% endif %}{% endif %}"
+)
+
+
+def learned(trainer):
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    return trainer.processing_class.decode([token for token in batch["labels"][0].tolist() if token != -100])
+
+
+def test_thoughts_stand_in_training_and_in_use_or_in_neither(tiny_model, tmp_path):
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    names = functions_of("05_instruction_tuning", tiny_model, labels=("Tech", "Sports"))
+    tokenizer = names["tokenizer"]
+    tokenizer.chat_template = QWEN3
+
+    def trained_on(row):
+        options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "activation_checkpointing": False}
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        data = Dataset.from_list([row])
+        return learned(SFTTrainer(model, SFTConfig(**options), train_dataset=data, processing_class=tokenizer))
+
+    messages = {"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "Tech"}]}
+    assert "<think>" in trained_on(messages)  # the trap: nobody asks for it in use
+    assert trained_on(messages | {"chat_template_kwargs": {"enable_thinking": False}}) == "Tech<|im_end|>\n"
+    prompt = names["prompt_of"]("x")
+    assert prompt.endswith("<think>\n</think>\n")
+    assert trained_on({"prompt": prompt, "completion": "Tech"}) == "Tech<|im_end|>"
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_sequence_begins_once_whether_the_tokenizer_or_the_template_writes_it(tiny_model, adds):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = (names := functions_of("05_instruction_tuning", tiny_model))["tokenizer"]
+    tokenizer.bos_token = "<repo_name>"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}user: {{ m.content }}\n{% endfor %}model: "
+    if adds:
+        number = tokenizer.bos_token_id
+        processor = TemplateProcessing(single="<repo_name> $A", special_tokens=[("<repo_name>", number)])
+        tokenizer.backend_tokenizer.post_processor = processor
+    ids = tokenizer(names["prompt_of"]("The server is down")).input_ids
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id

@@ -63,6 +63,29 @@ def test_end_of_sequence_is_pooled_only_with_another_padding_token(classifier, t
     assert tokenizer.pad_token != tokenizer.eos_token
 
 
+def test_accumulated_means_of_a_classifier_are_added_up(classifier, tokenizer, tmp_path):
+    rows = Dataset.from_dict({**tokenizer([SHORT, LONG] * 4), "label": [0, 1] * 4})
+
+    def first_loss(batch_size, accumulate, accepts=True):
+        options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulate, "logging_steps": 1}
+        arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no", disable_tqdm=True, **options)
+        trainer = Trainer(classifier(), arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))
+        trainer.model_accepts_loss_kwargs = accepts
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    assert first_loss(2, 4) == pytest.approx(4 * first_loss(8, 1), rel=1e-3)
+    assert first_loss(2, 4, accepts=False) == pytest.approx(first_loss(8, 1), rel=1e-3)
+
+
+def test_truncation_cuts_the_suffix_and_ours_the_document(tokenizer):
+    suffix = "\n\nThe topic is"
+    assert tokenizer.decode(tokenizer(SHORT + suffix, truncation=True, max_length=14).input_ids).endswith(suffix)
+    assert suffix not in tokenizer.decode(tokenizer(LONG + suffix, truncation=True, max_length=14).input_ids)
+    cut = tasks.first_tokens(tokenizer, 8)(LONG)
+    assert LONG.startswith(cut) and len(tokenizer(cut).input_ids) == 8
+
+
 def test_padding_side_does_not_change_the_stock_classifier(classifier, tokenizer):
     left, right = (logits(classifier(), [SHORT, LONG], tokenizer, padding_side=side) for side in ("left", "right"))
     assert torch.allclose(left, right, atol=1e-5)
