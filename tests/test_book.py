@@ -106,7 +106,7 @@ def test_the_readmes_figure_shows_the_records():
     table = drawn.scores()
     assert Image.open(drawn.PICTURE).info["Description"] == drawn.fingerprint(table)
     counts = table.groupby(["task", "approach"]).size()
-    assert all(counts[task, approach] == 3 for task in drawn.TASKS for approach in (drawn.HEAD, drawn.INSTRUCTION))
+    assert all(counts[task, approach] == 3 for task in drawn.TASKS.values() for approach in (drawn.HEAD, drawn.INSTRUCTION))
 
 
 def test_on_what_and_when_every_chapter_was_executed():
