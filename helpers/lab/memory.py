@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     n = base_models.on_meta(name).num_parameters() / 1e9
     print(f"{name}: {n:.2f} billion parameters, {2 * n:.1f} GB to download; {where}, {memory / 1e9:.1f} GB are counted on.")
     print(f"NF4, rank 16, documents of {given.length} tokens. Counted and predicted, not measured:\n")
-    print(table.to_string(float_format="{:.1f}".format, formatters={"documents that fit": "{:.0f}".format}))
+    print(table.to_string(na_rep="not known", float_format="{:.1f}".format, formatters={"documents that fit": "{:.0f}".format}))
 
 
 if __name__ == "__main__":
