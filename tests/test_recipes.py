@@ -154,7 +154,7 @@ def parameters_of(chapter):
         return {"MAX_TOKENS": 32, "MORE": None, "LEARNING_RATE": 1e-3}
     if chapter.startswith("05"):
         return {"MAX_TOKENS": 32, "RATES": [2e-3], "TEST": 0.4}
-    one_rate = {"RATES": [2e-3], "TEST": 0.4} if chapter.startswith("04") else {}
+    one_rate = {"RATES": [2e-3], "EPOCHS": 15, "TEST": 0.4} if chapter.startswith("04") else {}
     return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", **one_rate}
 
 
