@@ -125,10 +125,11 @@ def predict(approach: Approach, file: File, out: Path, progress: bool = True) ->
         kept.truncate(len(held) + 4 * n_labels * n_done)
         kept.write(b"" if held else stamp)
         for rows, _ in file.batches():
-            if to_do := rows[max(0, n_done - bar.n) :]:
+            if to_do := rows[n_done:]:
                 kept.write(probabilities_of(approach, to_do, file.columns).tobytes())
                 kept.flush()
-            bar.update(len(rows))
+            n_done = max(0, n_done - len(rows))
+            bar.update(len(rows))  # which counts nothing where there is no terminal
     probabilities = np.fromfile(part, np.float32, offset=len(stamp)).reshape(n_rows, n_labels)
 
     def done() -> Iterator[tuple[Batch, dict[str, list]]]:
