@@ -219,7 +219,7 @@ def test_external_links_are_well_formed_and_lead_to_known_hosts(site):
 
 @every_page
 def test_colab_links_open_this_chapter(site, name):
-    colab = [link for tag, link in links(site, f"{name}.html") if tag == "a" and "colab" in link]
+    colab = [link for tag, link in links(site, f"{name}.html") if tag == "a" and "colab.research" in link]
     branch = CONFIG["repository"]["branch"]
     repository = URL.removeprefix("https://github.com/")
     expected = f"https://colab.research.google.com/github/{repository}/blob/{branch}/{name}.ipynb"
