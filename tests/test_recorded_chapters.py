@@ -11,26 +11,9 @@ from sklearn.metrics import f1_score
 
 from helpers.records import read
 
-POINTS = r"([+-]\d+\.\d) points \(([+-]\d+\.\d) to ([+-]\d+\.\d)\)"
-SETTINGS = {
-    "learning rate": "learning_rate",
-    "rank": "rank",
-    "prompt loss weight": "prompt_loss_weight",
-    "precision": "precision",
-}
-LORA = {"DoRA": "use_dora", "rsLoRA": "use_rslora", "q and v only": "target_modules", "alpha = rank": "lora_alpha"}
-READINGS = (
-    "prompt_style",
-    "learning_rate",
-    "final_token",
-    "prompt_loss",
-    "rank",
-    "rank_and_rate",
-    "documents",
-    "lora",
-    "precision",
-    "prompts",
-)
+SETTINGS = {"rate": "learning_rate", "rank": "rank", "loss on the prompt, weight": "prompt_loss_weight"}
+PRECISIONS = {"NF4 weights": "nf4", "bfloat16 weights": "bfloat16"}
+LORA = {"DoRA": "use_dora", "rsLoRA": "use_rslora", "q and v only": "target_modules", "alpha 16": "lora_alpha"}
 
 
 @functools.cache
@@ -53,44 +36,52 @@ def ablations():
 
 
 def both_sides(words):
-    """The records of a change and of the default, from the words of a sentence."""
+    """The records of a change and of what it is compared with, from the words of the chapter's table."""
     kind, change = words.split(", ", 1)
     if kind == "untrained":
         side = [r for r in headlines("prompts") if r["name"] == change]
         return side, [r for r in headlines("prompts") if r["name"] == "label names"]
+    if kind == "probe":
+        how, layer = change.rsplit(", layer ", 1)
+        return read_by(how, int(layer)), read_by("last, after a prompt", 30)
     approach = {"head": "EmbeddingHead", "instruction": "InstructionTuned"}[kind]
     default = [r for r in headlines("side_by_side") if r["key"]["approach"] == approach]
-    if found := re.fullmatch(r"(\d+) documents a class", change):
-        side = [r for r in headlines("few_documents") if r["key"]["options"]["per_class"] == int(found[1])]
-        return [r for r in side if r["key"]["approach"] == approach], default
-    if found := re.fullmatch(r"rank (\d+), learning rate 0.002", change):
+    if found := re.fullmatch(r"rank (\d+), rate 0.002", change):
         side = [r for r in headlines("rank_and_rate") if r["key"]["settings"]["rank"] == int(found[1])]
-        return side, both_sides(f"{kind}, learning rate 0.002")[0]
+        return side, both_sides(f"{kind}, rate 0.002")[0]
     sweeps = ("learning_rate", "rank_grid", "prompt_loss", "final_token", "prompt_style", "lora", "precision")
     every = [r for sweep in sweeps for r in headlines(sweep) if r["key"]["approach"] == approach]
     setting, _, value = change.rpartition(" ")
+    if change in PRECISIONS:
+        return [r for r in every if r["key"]["settings"]["precision"] == PRECISIONS[change]], default
     if setting in SETTINGS:
-        wanted = value if setting == "precision" else float(value)
         plain = default[0]["name"]
-        return [r for r in every if r["name"] == plain and r["key"]["settings"].get(SETTINGS[setting]) == wanted], default
+        return [r for r in every if r["name"] == plain and r["key"]["settings"].get(SETTINGS[setting]) == float(value)], default
     if change in LORA:
         return [r for r in every if LORA[change] in r["key"]["settings"].get("lora", {})], default
     return [r for r in every if r["name"].removeprefix("head, ") == change], default
 
 
+def read_by(how, layer):
+    """The records of a probe that reads the frozen model in this way."""
+    suffixes = {"last, after a prompt": "\n\nThe topic of this article is", "last, end of sequence": "<|im_end|>"}
+    pooling, *no_mask = how.split(", no causal mask")
+    wanted = {"layer": layer, "suffix": suffixes.get(how, ""), "causal": not no_mask}
+    if how not in suffixes:
+        wanted["pooling"] = pooling
+    return [r for r in headlines("pooling") if wanted.items() <= r["key"]["settings"].items()]
+
+
 def changes(ablations):
-    """Every sentence of the chapter as (words, verdict, difference, low, high)."""
-    for name in READINGS:
-        text = "".join(ablations[f"{name}_reading"]["text/markdown"])
-        for verdict, part in re.findall(r"\*([^*]+):\* (.*?)\.(?= \*|$)", text):
-            for each in part.split("; "):
-                words, *numbers = re.fullmatch(rf"(.+?) {POINTS}", each).groups()
-                yield words, verdict, *map(float, numbers)
+    """Every row of the chapter's table as (words, verdict, difference, low, high)."""
+    table = stored_table(ablations["ablations_table"])
+    for words in dict.fromkeys(row for row, _ in table):
+        yield words, table[words, "verdict"], *(float(table[words, column]) for column in ("difference", "low", "high"))
 
 
 def test_every_difference_is_that_of_the_records(ablations):
     found = list(changes(ablations))
-    assert len(found) >= 30
+    assert len(found) == 65
     for words, _, difference, low, high in found:
         side, default = both_sides(words)
         assert [r["key"]["seed"] for r in side] == [r["key"]["seed"] for r in default] == [0, 1, 2], words
@@ -105,8 +96,7 @@ def test_every_difference_is_that_of_the_records(ablations):
 
 
 def test_verdicts_follow_the_rule_that_the_chapter_states(ablations):
-    found = list(changes(ablations))
-    for words, verdict, _, low, high in found:
+    for words, verdict, _, low, high in changes(ablations):
         side, default = both_sides(words)
         differences = [(right(a) - right(b)).mean() for a, b in zip(side, default, strict=True)]
         agree = abs(np.sign(differences).sum()) == 3
@@ -117,31 +107,53 @@ def test_verdicts_follow_the_rule_that_the_chapter_states(ablations):
         within = max(-low, high) < 3
         if abs(max(-low, high) - 3) < 0.06:
             continue  # the rounding decides
-        if verdict == "Small":
+        if verdict == "small":
             assert within, words
-        elif verdict == "Matters":
+        elif verdict == "matters":
             assert not within and agree and p < 0.05, words
         else:
-            assert verdict == "These runs cannot tell"
-            assert not within and not (agree and p < 0.05 / 100), words
+            assert verdict == "?" and not within and not (agree and p < 0.05 / 100), words
 
 
-def test_the_summary_counts_what_the_sentences_say(ablations):
-    counted = dict.fromkeys(("Matters", "Small", "These runs cannot tell"), 0)
-    for words, verdict, *_ in changes(ablations):  # of the default of a trained approach
-        counted[verdict] += not words.startswith("untrained") and not re.search("rank .*, learning rate", words)
-    said = "".join(ablations["ablations_summary"]["text/markdown"])
-    total, *rest = map(int, re.search(r"Of (\d+) .* approach (\d+) matter, (\d+) are small, and (\d+) cannot", said).groups())
-    assert rest == list(counted.values()) and total == sum(rest)
+@pytest.mark.parametrize(
+    "change, wrong",
+    [
+        ("instruction, rank 2", {"difference": -2.0, "high": -0.5}),
+        ("instruction, rsLoRA", {"difference": -3.6}),
+        ("instruction, rate 0.002", {"verdict": "?"}),
+        ("head, rank 64", {"verdict": "matters"}),
+        (None, {}),
+    ],
+)
+def test_the_claims_on_the_size_of_a_step_fail_when_the_records_say_otherwise(ablations, change, wrong):
+    import pandas as pd
 
-
-def test_what_is_not_yet_run_is_said(ablations):
-    from helpers.lab import sweeps
-
-    verdict = "".join(ablations["ablations_verdict"]["text/markdown"])
-    said = re.search(r"\*\*Not yet run:\*\* (.*)\.", verdict)[1].split(", ")
-    for name in ("lora", "precision", "learning_rate", "prompts", "calibration"):
-        assert (name in said) == bool(sweeps.missing(BOOK / "results" / f"{name}.yaml")), name
+    rows = {
+        words: {"verdict": verdict, "difference": difference, "low": low, "high": high}
+        for words, verdict, difference, low, high in changes(ablations)
+    }
+    steps = []
+    for words in ["instruction, default", "head, default", *rows]:
+        kind, what = words.split(", ", 1)
+        if kind not in ("head", "instruction") or not re.fullmatch(
+            r"default|(rank|rate|alpha) [\d.]+|rsLoRA|rank \d+, rate .*", what
+        ):
+            continue
+        side, default = both_sides(words) if what != "default" else (both_sides(f"{kind}, rank 2")[1],) * 2
+        settings = side[0]["key"]["settings"]
+        lora = settings.get("lora") or {}
+        scale = 2 * 4 if lora.get("use_rslora") else lora.get("lora_alpha", 2 * settings["rank"]) / settings["rank"]
+        step = settings["learning_rate"] * scale * settings["rank"] ** 0.5 / 4e-3
+        steps.append((kind, what, step, 100 * np.mean([right(r).mean() for r in side])))
+    given = {"steps": pd.DataFrame(steps, columns=["approach", "change", "step", "accuracy"]), "glue": lambda *_: None}
+    claim = claim_cell("08_ablations", "def judged")
+    claim = claim[claim.index("def points_of") :]
+    if change is None:
+        exec(claim, given | {"family": pd.DataFrame(rows).T})
+    else:
+        rows[change] |= wrong
+        with pytest.raises(AssertionError):
+            exec(claim, given | {"family": pd.DataFrame(rows).T})
 
 
 def test_calibration_is_that_of_the_records(ablations):
