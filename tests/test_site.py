@@ -496,17 +496,17 @@ def test_nothing_scrolls_sideways_on_a_laptop(visit):
 
 
 def test_a_long_table_is_folded_and_opens(browser, address):
-    page = open_page(browser, address, "book/on_one_gpu.html").page
+    page = open_page(browser, address, "book/09_one_gpu_8b.html").page
     button = page.locator("button.unfold")
-    assert button.text_content() == "Show all 16 rows" and button.get_attribute("aria-expanded") == "false"
+    assert button.text_content() == "Show all 17 rows" and button.get_attribute("aria-expanded") == "false"
     rows = button.locator("xpath=preceding::table[1]/tbody/tr")
     assert rows.locator("visible=true").count() == 8
     button.focus()
     page.keyboard.press("Enter")
-    assert rows.locator("visible=true").count() == rows.count() == 16
+    assert rows.locator("visible=true").count() == rows.count() == 17
     page.get_by_role("button", name="Show the first 8 rows").click()
     page.emulate_media(media="print")
-    assert rows.locator("visible=true").count() == 16
+    assert rows.locator("visible=true").count() == 17
     page.context.close()
 
 

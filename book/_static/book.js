@@ -1,5 +1,5 @@
-// Folds a long table behind a button. Without this script, and on paper, it is whole.
-const MOST = 12, SHOWN = 8;
+// Folds a table that is longer than a screen behind a button. Without this script, and on paper, it is whole.
+const MOST = 16, SHOWN = 8;
 
 document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll(".bd-content article table")) {
