@@ -378,7 +378,8 @@ def shown_cells(name):
     """The sources of the cells that the page of a notebook shows, and in the same order."""
     cells = nbformat.read(ROOT / f"{name}.ipynb", 4).cells
     hidden = {"remove-input", "remove-cell"}
-    return [cell.source for cell in cells if cell.cell_type == "code" and not hidden & set(cell.metadata.get("tags", []))]
+    shown = [cell for cell in cells if cell.cell_type == "code" and not hidden & set(cell.metadata.get("tags", []))]
+    return [cell.source.replace(URL, FORK) for cell in shown]
 
 
 def test_copy_buttons_copy_the_code_of_their_cell(visit):
