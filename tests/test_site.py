@@ -545,7 +545,10 @@ def test_page_has_no_serious_finding_of_axe(visit):
     page.evaluate("document.documentElement.dataset.theme = 'light'")
     page.evaluate(PREPARE)
     page.evaluate("document.querySelectorAll('article pre').forEach(e => e.textContent = e.textContent)")
-    found = Axe().run(page).response
+    contrast = {
+        "enabled": visit.name == PAGES[0]
+    }  # side bars are the same everywhere, articles were looked at above in both themes
+    found = Axe().run(page, options={"resultTypes": ["violations"], "rules": {"color-contrast": contrast}}).response
     assert found["testEngine"]["name"] == "axe-core" and len(found["passes"]) > 20
     serious = [each for each in found["violations"] if each["impact"] in ("serious", "critical")]
     assert [(each["id"], each["nodes"][0]["html"][:200]) for each in serious] == []
