@@ -171,15 +171,36 @@ def test_helpers_are_installed_with_the_pins_and_nothing_else():
     assert project["project"]["version"] == version
 
 
-def test_address_is_the_same_everywhere():
-    assert f'repository-code: "{URL}"' in (ROOT / "CITATION.cff").read_text()
-    addresses = {
-        address
-        for path in CHAPTERS
-        for cell in read(path).cells
-        for address in re.findall(r"git clone [^\n]*?(https://\S+)", cell.source)
-    }
-    assert addresses == {URL}
+def addresses_in(folder):
+    """Of this book: in the notebooks, which fetch it on Colab, and for those who cite it."""
+    found = set(re.findall(r'^repository-code: "(.*)"', (folder / "CITATION.cff").read_text(), re.M))
+    for path in (folder / "book").glob("*.ipynb"):
+        text = "\n".join(cell.source for cell in read(path).cells)
+        found |= set(re.findall(r"git clone [^\n]*?(https://\S+)", text)) | set(
+            re.findall(r"https://github\.com/\S+(?=/blob/)", text)
+        )
+    return found
+
+
+def test_address_is_the_same_everywhere_or_one_command_makes_it_so(tmp_path):
+    assert addresses_in(ROOT) == {URL}, "python .ci/address.py writes the address of _config.yml"
+    (tmp_path / "book").mkdir()
+    for path in (ROOT / "_config.yml", ROOT / "CITATION.cff", *CHAPTERS):
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
+    config = tmp_path / "_config.yml"
+    config.write_text(config.read_text().replace(URL, "https://github.com/somebody/a-fork"))
+    script("address").main(tmp_path)
+    assert addresses_in(tmp_path) == {"https://github.com/somebody/a-fork"}
+    config.write_text(config.read_text().replace("https://github.com/somebody/a-fork", URL))
+    script("address").main(tmp_path)
+    for path in (ROOT / "CITATION.cff", *CHAPTERS):
+        assert (tmp_path / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+
+
+def test_pages_link_to_files_of_the_book_without_its_address():
+    """So that a link works on GitHub, in JupyterLab and on the site of a fork."""
+    for path in (*(ROOT / "book").glob("*.md"), ROOT / "README.md"):
+        assert URL not in path.read_text(), path.name
 
 
 def test_readme_and_ci_give_the_two_commands():
@@ -189,6 +210,32 @@ def test_readme_and_ci_give_the_two_commands():
     assert COMMANDS["test"] in (ROOT / ".ci" / "run").read_text().splitlines()
     workflow = (ROOT / ".github" / "workflows" / "book.yml").read_text()
     assert all(f"- run: {command}\n" in workflow for command in COMMANDS.values())
+
+
+def test_the_workflow_passes_actionlint_and_faults_do_not(tmp_path):
+    check = script("workflow")
+    result = check.lint()
+    assert (result.returncode, result.stdout) == (0, ""), result.stdout + result.stderr
+    assert [command for steps in check.commands().values() for command, _ in steps] == list(reversed(COMMANDS.values()))
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(check.WORKFLOW.read_text().replace("needs: [test, site]", "needs: [tests, site]"))
+    result = check.lint(wrong)
+    assert result.returncode == 1 and "undefined-job-needs" in result.stdout
+
+
+def test_the_workflow_caches_what_changes_its_downloads():
+    """The file with the hashes of all packages is in the keys, and each job keeps a cache of its own."""
+    jobs = yaml.safe_load(script("workflow").WORKFLOW.read_text())["jobs"]
+    fetching = {path.name for path in (ROOT / "helpers").glob("*.*") if re.search(r'"[0-9a-f]{64}"', path.read_text())}
+    assert fetching == {"downloads.json"}
+    keys = {}
+    for job in ("test", "site"):
+        steps = {step["uses"].split("@")[0]: step["with"] for step in jobs[job]["steps"] if "uses" in step}
+        assert steps["actions/setup-python"]["cache-dependency-path"] == "requirements.txt"
+        keys[job] = steps["actions/cache"]["key"]
+        assert fetching <= set(re.findall(r"helpers/([\w.]+)", keys[job]))
+        assert keys[job].startswith(steps["actions/cache"]["restore-keys"])
+    assert keys["test"] != keys["site"]
 
 
 def test_toc_lists_every_chapter_and_only_the_quickstart_runs():
@@ -212,7 +259,7 @@ def build(folder, out, *options):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | extensions)
 
 
-def test_packages_installed_inside_the_checkout_are_no_pages(tmp_path):
+def test_packages_installed_inside_the_checkout_are_no_pages_and_unknown_words_fail(tmp_path):
     for folder in (".venv/lib/site-packages/hub", "env/lib/site-packages/hub", ".cache"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "card.md").write_text("---\n{{ card_data }}\n---\n")  # as huggingface_hub ships one
@@ -221,8 +268,31 @@ def test_packages_installed_inside_the_checkout_are_no_pages(tmp_path):
     (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
     for folder in ("_static", "_ext"):
         shutil.copytree(ROOT / "book" / folder, tmp_path / "book" / folder)
+    shutil.copy(ROOT / "book" / "references.bib", tmp_path / "book")
     result = build(tmp_path, tmp_path / "out", "-W")
     assert result.returncode == 0, result.stderr[-2000:]
+    (tmp_path / "page.md").write_text("# Page\n\n{term}`no such term` {cite}`nobody1900`\n")
+    result = build(tmp_path, tmp_path / "out", "-W", "-n", "--keep-going")
+    assert result.returncode != 0
+    assert "no such term" in result.stderr and "nobody1900" in result.stderr
+
+
+def test_the_first_use_of_a_term_is_linked_and_no_other_word():
+    sys.path.insert(0, str(ROOT / "book" / "_ext"))
+    import terms
+
+    names = {"token": "a", "LoRA": "b", "special token": "c", "trie": "d", "macro-F1": "e", "LoRA rank": "b"}
+
+    def linked(text):
+        parts = terms.split(text, set(), names, terms.pattern(list(names)), "glossary.html")
+        return [(part["refuri"], part.astext()) for part in parts if not isinstance(part, str)]
+
+    assert linked("Tokens and a special\ntoken, and a token.") == [
+        ("glossary.html#a", "Tokens"),
+        ("glossary.html#c", "special\ntoken"),
+    ]
+    assert linked("Macro-F1 tries tokenizers, Lora, sub-token.") == [("glossary.html#e", "Macro-F1")]
+    assert linked("LoRA ranks, then LoRA") == [("glossary.html#b", "LoRA ranks")]
 
 
 def test_a_failing_cell_fails_the_build(tmp_path):
