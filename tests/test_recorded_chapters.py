@@ -109,7 +109,7 @@ def test_verdicts_follow_the_rule_that_the_chapter_states(ablations):
             continue  # the rounding decides
         if verdict == "small":
             assert within, words
-        elif verdict == "matters":
+        elif verdict == "shown":
             assert not within and agree and p < 0.05, words
         else:
             assert verdict == "?" and not within and not (agree and p < 0.05 / 100), words
@@ -121,7 +121,7 @@ def test_verdicts_follow_the_rule_that_the_chapter_states(ablations):
         ("instruction, rank 2", {"difference": -2.0, "high": -0.5}),
         ("instruction, rsLoRA", {"difference": -3.6}),
         ("instruction, rate 0.002", {"verdict": "?"}),
-        ("head, rank 64", {"verdict": "matters"}),
+        ("head, rank 64", {"verdict": "shown"}),
         (None, {}),
     ],
 )
