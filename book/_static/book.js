@@ -20,3 +20,8 @@ document.addEventListener("DOMContentLoaded", () => {
     box.after(button);
   }
 });
+
+// An entry of the bibliography has a role that is no longer allowed in the list around it (DPUB-ARIA 1.1): it is a list's item.
+document.addEventListener("DOMContentLoaded", () => {
+  for (const entry of document.querySelectorAll("[role=doc-biblioentry]")) entry.setAttribute("role", "listitem");
+});
