@@ -5,12 +5,17 @@ settings whose runs chose their own settings on validation documents.
     ```
     ```{explorer} runs
     ```
+    ```{explorer} rates
+    ```
 
-`book/_static/explorer.js` draws both. Nothing here knows which records there
+`book/_static/explorer.js` draws the first two; the third is a table of the rates
+that were chosen. Nothing here knows which records there
 are: it reads whatever lies in `book/results`.
 """
 
+import functools
 import json
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -265,8 +270,9 @@ def seed_of(found: tuple[dict, dict]) -> int:
     return found[1]["seed"]
 
 
-def data() -> dict:
-    """All that the page shows."""
+@functools.cache
+def recorded() -> list[tuple[dict, dict]]:
+    """Every record with its row."""
     sys.path.insert(0, str(ROOT))
     from helpers import records
 
@@ -274,39 +280,81 @@ def data() -> dict:
     found = []
     for path in sorted(RESULTS.glob("*.jsonl")):
         made = records.read(path)
-        for record, shown in zip(
-            made, records.frame(made).to_dict("records"), strict=True
-        ):
+        rows = records.frame(made).to_dict("records")
+        for record, shown in zip(made, rows, strict=True):
             words = lengths.get(shown["task"], {}).get("words")
             found.append((record, row_of(path.stem, record, shown, words)))
+    return found
+
+
+def data() -> dict:
+    """All that the page of the records shows."""
+    found = recorded()
     return {
         "runs": packed([row for _, row in found]),
         "settings": settings_of(found),
     }
 
 
-PARTS = ("setting", "runs")
+def rates_chosen() -> list[tuple[str, float, float, float, int]]:
+    """For head, instruction tuning and encoder: the median of the rates that
+    validation chose, the smallest, the largest, and how many runs chose."""
+    chosen = defaultdict(list)
+    for _, row in recorded():
+        if row["how"] == "validation" and row["rate"] is not None:
+            chosen[row["family"]].append(row["rate"])
+    order = [
+        name for name in dict.fromkeys(FAMILIES.values()) if name in chosen
+    ]
+    middle = statistics.median_low  # one that was chosen
+    every = [(name, sorted(chosen[name])) for name in order]
+    return [(n, middle(r), r[0], r[-1], len(r)) for n, r in every]
+
+
+def as_code(rate: float) -> str:
+    """0.0005 as 5e-4."""
+    digits, power = f"{rate:e}".split("e")
+    return f"{float(digits):g}e{int(power)}"
+
+
+def rates_table() -> str:
+    """The same as HTML."""
+    heads = ("", "middle", "from", "to", "runs")
+    lines = ["".join(f'<th scope="col">{head}</th>' for head in heads)]
+    for name, *rates, n in rates_chosen():
+        cells = "".join(
+            f"<td>{each}</td>" for each in [*map(as_code, rates), n]
+        )
+        lines.append(f'<th scope="row">{name}</th>{cells}')
+    head, *body = (f"<tr>{line}</tr>" for line in lines)
+    table = f"<thead>{head}</thead><tbody>{''.join(body)}</tbody>"
+    return f'<table class="dataframe">{table}</table>'
+
+
+PARTS = ("setting", "runs", "rates")
 WITHOUT = (
-    "This part of the page needs JavaScript. The records themselves are lines "
-    "of JSON in the folder book/results of the repository."
+    "This part of the page is drawn by JavaScript, on the site. The records "
+    "are lines of JSON in the folder book/results of the repository."
 )
 
 
 class Explorer(SphinxDirective):
-    """`setting` or `runs`; the first brings the JSON."""
+    """`setting` with the JSON of the page, `runs`, or a table of `rates`."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """An empty place that the script fills."""
+        """The table, or an empty place that the script fills."""
         part = directives.choice(self.arguments[0], PARTS)
         for path in [*RESULTS.glob("*.jsonl"), RESULTS / LENGTHS]:
             self.env.note_dependency(str(path))
+        if part == "rates":
+            return [nodes.raw("", rates_table(), format="html")]
         html = (
             f'<div class="explorer" data-part="{part}">'
             f"<noscript>{WITHOUT}</noscript></div>"
         )
-        if part == PARTS[0]:
+        if part == "setting":
             text = json.dumps(data(), separators=(",", ":"), ensure_ascii=False)
             text = text.replace("<", "\\u003c")  # nothing in it ends the script
             html += (
