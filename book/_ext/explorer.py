@@ -8,9 +8,9 @@ settings whose runs chose their own settings on validation documents.
     ```{explorer} rates
     ```
 
-`book/_static/explorer.js` draws the first two; the third is a table of the rates
-that were chosen. Nothing here knows which records there
-are: it reads whatever lies in `book/results`.
+`book/_static/explorer.js` draws the first two; the third is a table of the
+rates that were chosen. Nothing here knows which records there are: it reads
+whatever lies in `book/results`.
 """
 
 import functools
