@@ -45,7 +45,7 @@ html, body { font-size: 12px; background: white; color: black; height: auto; ove
 .sheet * { max-width: 100%; }
 .sheet :is(pre, table, div) { overflow: visible !important; }
 .sheet :is(img, svg, tr, .sd-card) { break-inside: avoid; }
-.sheet :is(pre, div:not(.sd-card)) { break-inside: auto !important; orphans: 3; widows: 3; }
+.sheet :is(pre, div:not(.sd-card, .cheat-part)) { break-inside: auto !important; orphans: 3; widows: 3; }
 .sheet :is(h1, h2, h3, h4, .admonition-title) { break-after: avoid; }
 .sheet .output img { width: auto !important; max-width: 150mm !important; }
 """
@@ -152,7 +152,7 @@ def bookmarks(above: DictionaryObject) -> Iterator[DictionaryObject]:
 
 def finish(pdf: Path, cover: dict) -> None:
     """Title and author; and a heading on top of a sheet, which Chromium writes twice into the outline, once."""
-    writer = PdfWriter(clone_from=pdf)
+    writer = PdfWriter(PdfReader(pdf), incremental=True)
     writer.add_metadata({"/Title": cover["title"], "/Author": cover["author"]})
     for entry in bookmarks(writer.get_outline_root()):
         title = str(entry["/Title"])
