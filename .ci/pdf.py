@@ -2,6 +2,7 @@
 
 A cover, a table of contents with page numbers, the pages in the order of _toc.yml, each on a new sheet, a number on every sheet.
 Links between pages stay within the PDF, and its outline has all headings. Code that the site folds away is left out.
+Chromium does not say on which sheet a page begins; pypdf reads that from the PDF.
 """
 
 import argparse
