@@ -494,12 +494,15 @@ def give(page, labels, per_class, words):
 def test_my_setting_shows_what_is_recorded_nearest_and_how_far_it_is(explorer, recorded):
     _, settings = recorded
     says, place = explorer.locator(".says"), explorer.locator("[data-part=setting]")
-    for setting in settings:
+    families = [{method["family"] for method in setting["methods"]} for setting in settings]
+    both = [setting for setting, each in zip(settings, families, strict=True) if {"head", "instruction tuning"} <= each]
+    assert both
+    for setting in both:
         give(explorer, setting["labels"], setting["per_class"], setting["words"])
         assert says.get_attribute("data-far") == "near"
         drawn = place.locator("svg").first.locator("g text").all_text_contents()
         shown = dict(zip(drawn[::2], map(float, drawn[1::2]), strict=True))
-        same = [each for each in settings if all(each[n] == setting[n] for n in ("labels", "per_class", "words"))]
+        same = [each for each in both if all(each[n] == setting[n] for n in ("labels", "per_class", "words"))]
         assert shown in [
             {
                 m["method"] + (f" ({m['variant']})" if m["variant"] else ""): pytest.approx(m["mean"], abs=0.051)
@@ -507,6 +510,12 @@ def test_my_setting_shows_what_is_recorded_nearest_and_how_far_it_is(explorer, r
             }
             for each in same
         ]
+    others = [each for each in settings if each not in both]
+    for setting in others[:1]:  # it comes below, and says what is missing
+        give(explorer, setting["labels"], setting["per_class"], setting["words"])
+        assert "recorded in this setting" not in place.locator(":scope > div > div").first.inner_text()
+        place.locator("details.other summary").first.click()
+        assert "recorded in this setting" in place.locator("details.other").first.inner_text()
     give(explorer, 2000, 3, 9000)
     assert says.get_attribute("data-far") == "very far" and "measure on your own" in says.inner_text()
     apart = place.locator("table.distance").first.locator("tbody tr td:last-child").all_inner_texts()

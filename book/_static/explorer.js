@@ -6,7 +6,7 @@
   const { runs, settings } = JSON.parse(source.textContent);
   const places = document.querySelectorAll(".explorer");
   const PAGE = 25; // rows at a time
-  const OTHERS = 2; // settings that are shown folded, below the nearest
+  const OTHERS = 3; // settings that are shown folded, below the first
 
   // ---- small tools
 
@@ -69,7 +69,7 @@
   ];
   const FAR = [
     [1.5, "near", "A recorded setting is near yours."],
-    [3, "some way", "The nearest recorded setting is some way from yours. Read the figure as a hint."],
+    [3, "some way", "The nearest setting is some way from yours. Read the figure as a hint."],
     [8, "far", "No recorded setting is near yours. The nearest one is far away: measure on your own documents."],
     [Infinity, "very far", "No recorded setting is near yours. What follows says almost nothing about it: measure on your own documents."],
   ];
@@ -83,15 +83,19 @@
   /** How many times as large the larger of two numbers is; unknown counts as very far. */
   const times = (a, b) => (known(a) && known(b) && a > 0 && b > 0 ? Math.max(a / b, b / a) : Infinity);
 
-  /** Recorded settings, the nearest first: doublings in the three numbers, added up. */
+  const familiesOf = (setting) => new Set(setting.methods.map((method) => method.family));
+  const hasBoth = (setting) => Object.keys(MISSING).every((family) => familiesOf(setting).has(family));
+
+  /** Recorded settings by distance: doublings in the three numbers, added up. First the nearest that has both approaches. */
   function nearest(mine) {
-    return settings
-      .map((setting) => {
-        const ratios = DIMENSIONS.map(([name]) => times(setting[name], mine[name]));
-        const doublings = ratios.reduce((sum, ratio) => sum + Math.log2(ratio), 0);
-        return { setting, ratios, doublings };
-      })
-      .sort((a, b) => (a.doublings === b.doublings ? b.setting.methods.length - a.setting.methods.length : a.doublings - b.doublings));
+    const found = settings.map((setting) => {
+      const ratios = DIMENSIONS.map(([name]) => times(setting[name], mine[name]));
+      return { setting, ratios, doublings: ratios.reduce((sum, ratio) => sum + Math.log2(ratio), 0) };
+    });
+    const size = ({ setting }) => setting.methods.length;
+    found.sort((a, b) => (a.doublings === b.doublings ? size(b) - size(a) : a.doublings - b.doublings));
+    const first = found.find(({ setting }) => hasBoth(setting)) ?? found[0];
+    return [first, ...found.filter((each) => each !== first)];
   }
 
   function distanceTable({ setting, ratios }, mine) {
@@ -172,7 +176,7 @@
         {},
         make("th", { scope: "row" }, fullName(method), make("span", { class: "more" }, chosen), make("span", { class: "more" }, or(method.base_model, ""))),
         make("td", { class: "number" }, points(method.mean)),
-        make("td", { class: "number" }, interval(method.low, method.high)),
+        make("td", { class: "number nowrap" }, interval(method.low, method.high)),
         make("td", { class: "number" }, method.scores.map(points).join(", "))
       );
     });
@@ -193,7 +197,7 @@
   /** A recorded setting: how far it is, what is missing, figure and numbers. */
   function panel(found, mine) {
     const { setting } = found;
-    const families = new Set(setting.methods.map((method) => method.family));
+    const families = familiesOf(setting);
     const few = setting.methods.some((method) => method.seeds.length < 3);
     const notes = Object.entries(MISSING).filter(([family]) => !families.has(family)).map(([, text]) => text);
     if (few) notes.push("Some methods have fewer than three seeds here.");
@@ -256,7 +260,7 @@
       results.replaceChildren(
         make("h3", {}, described(first.setting)),
         panel(first, mine),
-        ...(others.length ? [make("h3", {}, "The next nearest"), ...others] : [])
+        ...(others.length ? [make("h3", {}, "Others, by distance"), ...others] : [])
       );
     };
     form.addEventListener("submit", (event) => event.preventDefault());
