@@ -30,7 +30,7 @@ PINS = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text()
 SNIPPETS = {
     "bitsandbytes.nn:Linear4bit": "",
     "datasets:Dataset.from_dict": "",
-    "peft:LoraConfig": "task_type target_modules",
+    "peft:LoraConfig": "task_type target_modules r lora_alpha",
     "peft:PeftModel.from_pretrained": "",
     "peft:get_peft_model": "",
     "transformers:AutoModelForSequenceClassification.from_pretrained": "num_labels pad_token_id dtype",
@@ -38,11 +38,12 @@ SNIPPETS = {
     "transformers:AutoTokenizer.from_pretrained": "",
     "transformers:Gemma3ForCausalLM": "",
     "transformers:BitsAndBytesConfig": "load_in_4bit llm_int8_skip_modules",
+    "transformers:DataCollatorWithPadding": "",
     "transformers:Trainer": "train_dataset eval_dataset data_collator",
     "transformers:TrainingArguments": "activation_checkpointing activation_checkpointing_kwargs eval_strategy save_strategy "
-    "load_best_model_at_end average_tokens_across_devices",
-    "trl:SFTConfig": "max_length eval_strategy activation_checkpointing",
-    "trl:SFTTrainer": "train_dataset eval_dataset processing_class compute_metrics preprocess_logits_for_metrics",
+    "load_best_model_at_end average_tokens_across_devices learning_rate num_train_epochs bf16",
+    "trl:SFTConfig": "max_length eval_strategy activation_checkpointing learning_rate num_train_epochs bf16 save_strategy",
+    "trl:SFTTrainer": "train_dataset eval_dataset processing_class compute_metrics preprocess_logits_for_metrics peft_config",
     "helpers.lab.approaches:InstructionTuned": "epochs verbalizer",
 }
 GIVEN_ON = {"num_labels", "pad_token_id", "dtype"}  # `from_pretrained` takes any keyword and hands it on

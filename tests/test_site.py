@@ -4,6 +4,9 @@ import ast
 import functools
 import gzip
 import http.server
+import importlib.util
+import io
+import json
 import os
 import re
 import shutil
@@ -16,6 +19,7 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 from PIL import Image
+from pypdf import PdfReader
 from test_book import CONFIG, ROOT, URL, build
 
 PAGES = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())
@@ -551,3 +555,184 @@ def test_page_has_no_serious_finding_of_axe(visit):
     assert found["testEngine"]["name"] == "axe-core" and len(found["passes"]) > 20
     serious = [each for each in found["violations"] if each["impact"] in ("serious", "critical")]
     assert [(each["id"], each["nodes"][0]["html"][:200]) for each in serious] == []
+
+
+# ---- every recorded run (the page's JSON itself: test_explorer)
+
+
+@pytest.fixture
+def explorer(browser, address):
+    visit = open_page(browser, address, "book/explorer.html")
+    yield visit.page
+    assert visit.errors == [] and visit.outside == []
+    visit.page.context.close()
+
+
+@pytest.fixture(scope="module")
+def recorded(site):
+    """What the page holds: the runs as dictionaries, and the settings."""
+    text = parsed(site, "book/explorer.html").find("script", id="records").string
+    assert len(text.encode()) <= 500_000
+    data = json.loads(text)
+    runs, texts = data["runs"], set(data["runs"]["texts"])
+    cells = [zip(runs["columns"], row, strict=True) for row in runs["rows"]]
+    rows = [{n: runs["strings"][v] if n in texts and v is not None else v for n, v in row} for row in cells]
+    return rows, data["settings"]
+
+
+def scores_shown(page):
+    return [float(text.split()[0]) for text in page.locator(".runs tbody tr td:nth-child(9)").all_inner_texts()]
+
+
+def test_runs_are_filtered_and_sorted_with_the_keyboard_alone(explorer, recorded):
+    rows, _ = recorded
+    status = explorer.locator("[data-part=runs] [role=status]")
+    assert status.inner_text().startswith(f"{len(rows)} of {len(rows)} runs")
+    for control in explorer.locator(".explorer :is(input, select)").all():
+        assert explorer.locator(f"label[for='{control.get_attribute('id')}']").inner_text().strip()
+    explorer.locator("#runs-q").focus()
+    explorer.keyboard.type("headlines instruction")
+    wanted = [r for r in rows if all(word in " ".join(map(str, r.values())).lower() for word in ("headlines", "instruction"))]
+    assert status.inner_text().startswith(f"{len(wanted)} of {len(rows)} runs") and 0 < len(wanted) < len(rows)
+    explorer.locator("#runs-how").select_option("chosen")
+    chosen = [row for row in wanted if row["how"] == "validation"]
+    assert status.inner_text().startswith(f"{len(chosen)} of")
+    head = explorer.locator(".runs th", has_text="Macro-F1")
+    for _ in range(40):  # with the tabulator from the filters to the heading
+        if explorer.evaluate("document.activeElement.textContent.startsWith('Macro-F1')"):
+            break
+        explorer.keyboard.press("Tab")
+    explorer.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "descending"
+    best = sorted((row["macro_f1"] for row in chosen), reverse=True)
+    assert scores_shown(explorer) == pytest.approx(best[:25], abs=0.06)
+    explorer.keyboard.press("Enter")
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert explorer.locator(".runs th[aria-sort=none]").count() == 8
+    assert scores_shown(explorer) == pytest.approx(best[::-1][:25], abs=0.06)
+    explorer.reload()  # the address remembers the filters
+    assert status.inner_text().startswith(f"{len(chosen)} of")
+
+
+def test_a_row_says_at_which_rate_it_ran_and_who_chose_it(explorer, recorded):
+    rows, _ = recorded
+    explorer.locator("#runs-how").select_option("fixed")
+    explorer.locator("#runs-file").select_option("learning_rate")
+    first = explorer.locator(".runs tbody tr").first
+    of_file = [row for row in rows if row["file"] == "learning_rate"]
+    rate = float(first.locator("td").nth(6).inner_text())
+    assert rate in {row["rate"] for row in of_file} and first.locator("td").nth(7).inner_text() == "fixed"
+    button = first.locator("button")
+    button.focus()
+    explorer.keyboard.press("Enter")
+    assert button.get_attribute("aria-expanded") == "true"
+    details = explorer.locator(".runs tr.details").inner_text()
+    assert "book/results/learning_rate.jsonl" in details and "Base model" in details
+    explorer.keyboard.press("Enter")
+    assert explorer.locator(".runs tr.details").count() == 0
+    explorer.get_by_role("button", name="Show all runs").click()
+    assert explorer.locator("[data-part=runs] [role=status]").inner_text().startswith(f"{len(rows)} of")
+    explorer.locator("#runs-q").fill("no run has these words")
+    assert explorer.locator("[data-part=runs] [role=status]").inner_text().startswith("None of")
+    with pytest.raises(Exception, match="Timeout"):
+        explorer.get_by_role("button", name="Next rows").click(timeout=500)  # there are none
+
+
+def full_name(method):
+    return method["method"] + (f" ({method['variant']})" if method["variant"] else "")
+
+
+def give(page, labels, per_class, words):
+    for name, value in (("labels", labels), ("per_class", per_class), ("words", words)):
+        page.locator(f"#my-{name}").fill(str(value))
+
+
+def test_my_setting_shows_what_is_recorded_nearest_and_how_far_it_is(explorer, recorded):
+    _, settings = recorded
+    says, place = explorer.locator(".says"), explorer.locator("[data-part=setting]")
+    families = [{method["family"] for method in setting["methods"]} for setting in settings]
+    both = [setting for setting, each in zip(settings, families, strict=True) if {"head", "instruction tuning"} <= each]
+    assert both
+    for setting in both:
+        give(explorer, setting["labels"], setting["per_class"], setting["words"])
+        assert says.get_attribute("data-far") == "near"
+        drawn = place.locator("svg").first.locator("g text").all_text_contents()
+        shown = dict(zip(drawn[::2], map(float, drawn[1::2]), strict=True))
+        same = [each for each in both if all(each[n] == setting[n] for n in ("labels", "per_class", "words"))]
+        assert shown in [
+            {
+                m["method"] + (f" ({m['variant']})" if m["variant"] else ""): pytest.approx(m["mean"], abs=0.051)
+                for m in each["methods"]
+            }
+            for each in same
+        ]
+    others = [each for each in settings if each not in both]
+    for setting in others[:1]:  # it comes below, and says what is missing
+        give(explorer, setting["labels"], setting["per_class"], setting["words"])
+        assert "recorded in this setting" not in place.locator(":scope > div > div").first.inner_text()
+        place.locator("details.other summary").first.click()
+        assert "recorded in this setting" in place.locator("details.other").first.inner_text()
+    give(explorer, 2000, 3, 9000)
+    assert says.get_attribute("data-far") == "very far" and "measure on your own" in says.inner_text()
+    apart = place.locator("table.distance").first.locator("tbody tr td:last-child").all_inner_texts()
+    assert all(text.endswith("times") for text in apart) and float(apart[0].split()[0]) > 20
+    give(explorer, 1, 32, 5)
+    assert "at least two labels" in says.inner_text() and place.locator("svg").count() == 0
+
+
+def test_my_setting_fits_on_a_phone_and_has_its_numbers_as_a_table(browser, address, recorded):
+    _, settings = recorded
+    page = open_page(browser, address, "book/explorer.html", viewport=PHONE).page
+    fullest = max(settings, key=lambda each: len(each["methods"]))
+    give(page, fullest["labels"], fullest["per_class"], fullest["words"])
+    page.locator("[data-part=setting] summary").first.click()
+    rows = page.locator("[data-part=setting] details table tbody tr").all_inner_texts()
+    assert len(rows) == len(fullest["methods"])
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    box = page.locator("[data-part=setting] svg").first.bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+    page.context.close()
+
+
+# ---- on paper
+
+
+def test_the_cheat_sheet_prints_on_one_sheet_of_a4(browser, address):
+    page = open_page(browser, address, "book/cheat_sheet.html").page
+    margins = dict.fromkeys(("top", "bottom", "left", "right"), "10mm")
+    printed = PdfReader(io.BytesIO(page.pdf(format="A4", margin=margins)))
+    assert len(printed.pages) == 1
+    text = printed.pages[0].extract_text()
+    assert all(part in text for part in ("Head or prompt?", "AutoModelForSequenceClassification", "SFTTrainer", "Memory"))
+    page.context.close()
+
+
+def test_the_book_is_printed_with_cover_contents_chapters_and_numbers(browser, address, tmp_path):
+    """The short pages stand for all: the whole book takes minutes and is printed by the workflow."""
+    spec = importlib.util.spec_from_file_location("pdf", ROOT / ".ci" / "pdf.py")
+    pdf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pdf)
+    parts = pdf.parts_of(yaml.safe_load((ROOT / "_toc.yml").read_text()))
+    assert [name for part in parts for name in part["pages"]] == PAGES
+    short = [name for name in PAGES if (ROOT / f"{name}.md").exists() and (ROOT / f"{name}.md").stat().st_size < 10_000]
+    parts = [part | {"pages": [name for name in part["pages"] if name in short]} for part in parts]
+    page = open_page(browser, address, f"{PAGES[0]}.html").page
+    cover = {"title": CONFIG["title"], "author": CONFIG["author"], "lines": ["one line"]}
+    numbers = pdf.print_book(page, tmp_path / "book.pdf", parts, cover)
+    printed = PdfReader(tmp_path / "book.pdf")
+    titles = [
+        page.evaluate("id => document.getElementById(id).querySelector('h1').textContent", n.replace("/", "-")) for n in numbers
+    ]
+    sheets = [sheet.extract_text() for sheet in printed.pages]
+    assert short == list(numbers) == sorted(numbers, key=numbers.get) and len(short) >= 4
+    assert "one line" in sheets[0] and sheets[1].split()[0] == "Contents"
+    contents = re.sub(r"\s+", "", sheets[1])
+    for title, number in zip(titles, numbers.values(), strict=True):
+        flat = re.sub(r"\s+", "", title)
+        assert f"{flat}{number}" in contents
+        assert re.sub(r"\s+", "", sheets[number - 1]).startswith(flat)
+        assert sheets[number - 1].split()[-1] == str(number)  # at its foot
+    chapters = [entry.title for entry in printed.outline if not isinstance(entry, list)]
+    assert [re.sub(r"\s+", "", each) for each in chapters[2:]] == [re.sub(r"\s+", "", title) for title in titles]
+    assert printed.metadata.title == CONFIG["title"]
+    page.context.close()
