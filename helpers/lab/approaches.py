@@ -215,9 +215,6 @@ class FrozenProbe(baselines.FrozenProbe):
                 states[row] = tokens[:n]
         return states
 
-    def _logits(self, features) -> np.ndarray:
-        return self.probe.logits(features) if self.pooling == "attention" else super()._logits(features)
-
 
 @dataclass
 class AttentionProbe:
@@ -246,8 +243,8 @@ class AttentionProbe:
         optimizer.step(step)
         return cls(query.detach().numpy(), coef.detach().numpy())
 
-    def logits(self, states: list[np.ndarray]) -> np.ndarray:
-        """Shape (n_texts, n_labels)."""
+    def decision_function(self, states: list[np.ndarray]) -> np.ndarray:
+        """Logits, shape (n_texts, n_labels), as scikit-learn calls them."""
         return _pooled(*_padded(states), torch.as_tensor(self.query)).numpy() @ self.coef_.T
 
 
