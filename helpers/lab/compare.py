@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from helpers import base_models, evaluation, profiles, prompts, records, tasks
 from helpers.checkpoints import write_whole
-from helpers.corpora import Document, Source, remove_duplicates
+from helpers.corpora import remove_duplicates
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
 from helpers.lab import own_data, statistics, sweeps, tables
@@ -58,28 +58,24 @@ class Plan:
     tokens: int  # of each document that are read
     minutes: float  # for all of it, about
 
-    def key(self, kind: str, seed: int, n: int, epochs: int, chosen: dict | None) -> tuple[dict, dict[str, Source]]:
+    def key(self, kind: str, seed: int, n: int, epochs: int, chosen: dict | None) -> dict:
         """A run of `sweeps` on `n` training documents, with the settings that were chosen or with those to try."""
         task, settings = self.splits[seed], dict(self.settings[kind])
-        documents, sizes = [*documents_of(task, n)], {"n_validation": len(task.validation), "n_test": len(task.test)}
+        name = f"{self.data.name} {task.content_hash()[:8]}"
+        sizes = {"n_validation": len(task.validation), "n_test": len(task.test), "n_train": n}
         settings |= ({"epochs": epochs} if "best_epoch" in settings else {}) | (chosen or {"choose": METHODS[kind][1]})
-        sources = {f"{self.data.name} {task.content_hash()[:8]}": Source(lambda: documents)}
-        sweep = {"tasks": [dict.fromkeys(sources, sizes | {"n_train": n})], "seeds": [seed], "approaches": [{kind: settings}]}
-        return sweeps.keys(sweep | {"validation": True, "base_model": self.base_model}, sources)[0], sources
+        sweep = {"tasks": [{name: sizes}], "seeds": [seed], "approaches": [{kind: settings}], "base_model": self.base_model}
+        (key,) = sweeps.keys(sweep | {"validation": True}, [name])
+        return key
 
 
-def documents_of(task: tasks.Task, n: int) -> Iterator[Document]:
-    """The documents of a task, each marked with its split; of those for training `n` at random, all labels among them."""
+def with_fewer(task: tasks.Task, n: int) -> tasks.Task:
+    """A task with `n` of its training documents (or all of them) at random, all labels among them."""
     gold = np.array(task.train["label"])
     order = np.random.default_rng(0).permutation(len(gold))
     first = (gold if task.multi_label else np.eye(len(task.labels))[gold])[order].argmax(axis=0)
     rows = [*order[np.unique(first)], *np.delete(order, first)][:n]
-    for split in tasks.SPLITS:
-        documents = getattr(task, split).select(rows) if split == "train" else getattr(task, split)
-        groups = documents["group"] if "group" in documents.column_names else [""] * len(documents)
-        for text, label, group in zip(documents["text"], documents["label"], groups, strict=True):
-            names = tuple(np.array(task.labels)[np.flatnonzero(label)].tolist()) if task.multi_label else task.labels[label]
-            yield Document(text, names, group, split)
+    return replace(task, train=task.train.select(rows))
 
 
 def plan(
@@ -198,13 +194,13 @@ def _epochs(passes: float, n: int) -> int:
 
 
 def _made(plan: Plan, run: tuple, folder: Path, seconds: float, bar: tqdm) -> dict | None:
-    (key, sources), (kind, seed, n, _, chosen), path = plan.key(*run), run, folder.with_name("records.jsonl")
+    key, (kind, seed, n, _, chosen), path = plan.key(*run), run, folder.with_name("records.jsonl")
     what = "training" if chosen else "trying settings"
     bar.set_description_str(f"{APPROACHES[kind].name}: {what} on {n:,} documents, about {seconds / 60:.1f} minutes left for it")
     if folder.exists() and not (folder / "approach.json").exists():
         shutil.rmtree(folder)  # a run was stopped while it saved
     with contextlib.redirect_stderr(io.StringIO()):  # what is said of a search stands in the report
-        failed = sweeps.make([key], path, lambda key: None if seed else folder, False, sources)
+        failed = sweeps.make([key], path, lambda key: None if seed else folder, False, with_fewer(plan.splits[seed], n))
     tqdm.write("\n".join(failed), file=sys.stderr, end="\n" * len(failed))
     return next((record for record in records.read(path) if record["key"] == key), None)
 
