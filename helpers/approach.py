@@ -1,4 +1,9 @@
-"""What all approaches have in common: they are fitted on a task, give every label a probability, and lie on disk as a folder."""
+"""What all approaches have in common: they are fitted on a task, give every label a probability, and lie on disk as a folder.
+
+The way of a document: a prompt is made of its text, between prefix and suffix (`_prompts`), and read in batches of tokens
+(`prompts.batches`). The head reads the last token's state; instruction tuning scores every label behind the prompt
+(`label_scoring`). Out comes a row of probabilities, and with gold labels and cost a `Predictions`, which `evaluation` judges.
+"""
 
 import importlib
 import json
@@ -18,7 +23,7 @@ from helpers.checkpoints import resumable, write_whole
 from helpers.errors import BookError, check_texts
 from helpers.evaluation import Predictions, measure
 from helpers.records import DEFAULTS
-from helpers.tasks import Task, first_tokens, gold_of, texts_of
+from helpers.tasks import Task, column, first_tokens, texts_of
 
 SUFFIX = "\n\nThe topic of this article is"
 MODULES = dict.fromkeys(("Majority", "TfidfSvm", "FrozenProbe", "FineTunedEncoder"), "helpers.baselines")
@@ -39,8 +44,8 @@ class Approach:
     training_seconds: float = 0.0
     trainable_parameters: int = 0
     callbacks: ClassVar[Sequence[TrainerCallback]] = ()  # for the Trainer of those that have one
-    use: dict = {}  # how `helpers.compare` says that it is to be used: the `tokens` of a text, its `decision`
-    shorten: Callable[[str], str] = str  # so that `predict_proba` reads as many
+    use: dict = {}  # what `helpers.compare` saves with it: how many `tokens` of a text are read, how labels are decided
+    shorten: Callable[[str], str] = str  # what `predict_proba` reads of a text: all of it, or the first `use["tokens"]`
 
     def fit(self, task: Task) -> Self:
         """Train on `task.train`; nothing is learned from validation or test.
@@ -50,7 +55,7 @@ class Approach:
         self.labels, self.multi_label = task.labels, task.multi_label
         with measure() as cost, profiles.fast_products():
             self._fit(task)
-        self.training_seconds = cost.seconds if self.trainable_parameters else 0.0
+        self.training_seconds = cost.seconds if self.trainable_parameters else 0.0  # a model as it comes is only loaded
         return self
 
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
@@ -67,7 +72,7 @@ class Approach:
 
         BookError: a column is missing, or as `predict_proba`.
         """
-        texts, gold = texts_of(documents), gold_of(documents)
+        texts, gold = texts_of(documents), column(documents, "label")
         with measure() as cost:
             probabilities = self.predict_proba(texts, batch_size)
         return Predictions(

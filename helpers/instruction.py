@@ -107,21 +107,21 @@ class InstructionTuned(LoraApproach):
     def _prompts(self, texts: list[str]) -> list[str]:
         """The documents as the model reads them, up to their labels.
 
-        Raises:
-            BookError: there is no chat template, or what `prompts.sanitize_prompts` refuses.
+        BookError: there is no chat template, or what `prompts.sanitize_prompts` refuses.
         """
         before, after = self._frame()
-        framed = prompts.sanitize_prompts(texts, self.tokenizer, before, after)
+        plain = prompts.sanitize_prompts(texts, self.tokenizer, before, after)
         if not self.chat:
-            return framed
+            return plain
         if not self.tokenizer.chat_template:
             raise BookError(f"The tokenizer of {self.base_model} has no chat template. Use chat=False, or another base model.")
-        messages = [[{"role": "user", "content": each}] for each in (f"{before}x{after}", *framed)]
-        framed = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        begins = self.tokenizer.bos_token if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
-        ordinary, *framed = (each.removeprefix(begins) for each in framed)  # else it would begin twice
-        prompts.check_control_tokens(framed, ordinary, self.tokenizer)
-        return framed
+        messages = [[{"role": "user", "content": each}] for each in (f"{before}x{after}", *plain)]
+        chats = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # a tokenizer that begins every text with a token of its own would read the template's as a second one
+        bos = self.tokenizer.bos_token if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
+        of_no_document, *chats = (chat.removeprefix(bos) for chat in chats)
+        prompts.check_control_tokens(chats, of_no_document, self.tokenizer)
+        return chats
 
     def _examples(self, task: Task) -> dict[str, list[str]]:
         """Columns `prompt` and `completion`, for SFTTrainer."""
