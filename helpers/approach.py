@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from helpers import base_models, profiles
+from helpers import base_models, profiles, prompts
 from helpers.checkpoints import resumable, write_whole
 from helpers.errors import BookError, check_texts
 from helpers.evaluation import Predictions, measure
@@ -147,8 +147,8 @@ class Approach:
 class LoraApproach(Approach):
     """An approach that trains an adapter on a causal base model: `EmbeddingHead` or `InstructionTuned`.
 
-    Subclasses also have `_load_base() -> (model, tokenizer)` and `_prompts(texts)`. Rank and learning rate were chosen on
-    validation documents of BBC News, 32 per class.
+    Subclasses also have `_load_base() -> (model, tokenizer)`. Rank and learning rate were chosen on validation documents of
+    BBC News, 32 per class.
     """
 
     base_model: str = base_models.DEFAULT
@@ -161,6 +161,7 @@ class LoraApproach(Approach):
     seed: int = 0
     checkpoints: str | None = None  # a folder that gets one after every epoch, from which a stopped training goes on
 
+    prefix: ClassVar[str] = ""  # before the document; a setting of `InstructionTuned`
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
     lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them
@@ -174,6 +175,19 @@ class LoraApproach(Approach):
         if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate >= 0:
             hint = " YAML reads 5e-4 as text: write 5.0e-4." if isinstance(self.learning_rate, str) else ""
             raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.{hint}")
+
+    def _words(self) -> tuple[str, ...]:
+        """What is written for each label."""
+        return self.labels
+
+    def _frame(self) -> tuple[str, str]:
+        """What stands before and behind each document."""
+        listed = ", ".join(self._words())
+        return self.prefix.replace("{labels}", listed), self.suffix.replace("{labels}", listed)
+
+    def _prompts(self, texts: list[str]) -> list[str]:
+        """The documents as the model reads them, up to their labels. BookError: as `prompts.sanitize_prompts`."""
+        return prompts.sanitize_prompts(texts, self.tokenizer, *self._frame())
 
     def _lora_options(self) -> dict:
         """Options of `LoraConfig` beside rank and layers."""

@@ -57,10 +57,6 @@ class EmbeddingHead(LoraOptions, embedding_head.EmbeddingHead):
     causal: bool = True
     prefix: str = ""  # before the document, as for `InstructionTuned`
 
-    def _prompts(self, texts: list[str]) -> list[str]:
-        before = self.prefix.replace("{labels}", ", ".join(self.labels))
-        return prompts.sanitize_prompts(texts, self.tokenizer, before, self.suffix)
-
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = super()._load_base()
         if not self.causal:

@@ -112,7 +112,7 @@ def plan(
     unseen = sorted({label for task in splits for label, count in task.counts()["test"].items() if not count})
     lines = [f"{label!r} has no test document in one of the splits: macro-F1 there is that of the others." for label in unseen]
 
-    decoder = base_models.on_meta(base_models.shape_of(base_model)).base_model
+    decoder = base_models.on_meta(base_model).base_model
     like_llama = all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm"))
     upper = min(APPROACHES["EmbeddingHead"].n_layers, len(decoder.layers)) if profile == "quick" and like_llama else None
     trained = {"best_epoch": True} | ({"epochs": epochs} if epochs else {})
@@ -161,31 +161,38 @@ def _tick(bar: tqdm) -> None:
 
 
 def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
-    """The records of one split: each approach is trained on as many documents as its share of the minutes allows."""
-    passes, forward = 1200 if plan.data.multi_label else 600, 0.1  # documents of all epochs, at least; seconds to read one
-    budget, n_all, spent, before = 60 * plan.minutes / len(plan.splits), len(plan.splits[seed].train), 0.0, 0.0
+    """The records of one split: values are tried on some training documents, then the chosen ones on as many as time allows."""
+    passes = 1200 if plan.data.multi_label else 600  # documents that a training reads in all its epochs, at least
+    to_read = 0.1  # seconds for a document, until the frozen probe tells
+    budget, n_all, spent, share_before = 60 * plan.minutes / len(plan.splits), len(plan.splits[seed].train), 0.0, 0.0
     for kind, (folder, values, share) in METHODS.items():
-        left, before = max(share * budget - spent, (share - before) * budget / 2), share
-        rates = len(values.get("learning_rate", ()))
-        read = left / 2 / forward / (rates + 1)  # so many documents can be read in all epochs of a trial
-        n = min(n_all, max(SEARCHED.get(kind) or int(read / (3 if read > passes else 6)), LEAST, len(plan.data.labels)))
+        left = max(share * budget - spent, (share - share_before) * budget / 2)  # seconds
+        share_before, given = share, plan.settings[kind].get("epochs")
+        n_rates = len(values.get("learning_rate", ()))
+
+        can_read = left / 2 / to_read / (n_rates + 1)  # documents in all epochs of a trial, in half of the time
+        n = SEARCHED.get(kind) or int(can_read / (3 if can_read > passes else 6))
+        n = min(n_all, max(n, LEAST, len(plan.data.labels)))
         n = n if n < 0.8 * n_all else n_all
-        given, read = plan.settings[kind].get("epochs"), passes if kind in SEARCHED else min(read, passes)
-        epochs, later = given or _epochs(read, n), given or _epochs(passes, n_all)
+        epochs = given or _epochs(passes if kind in SEARCHED else min(can_read, passes), n)
         record = _made(plan, (kind, seed, n, epochs, None), out / folder, left, bar)
         if record is None:
             continue
         seconds, n, tried = _seconds(record), record["key"]["options"]["n_train"], record["tried"]
-        forward = tried[0]["training_seconds"] / n if kind == "FrozenProbe" else forward
-        for_each = 1.2 * seconds / n / (len(tried) if rates else 1) * later / epochs
-        baseline = kind == "TfidfSvm" or (kind in SEARCHED and for_each * n_all < budget)  # on all, if that can be
-        fits = n_all if baseline else min(n_all, int((left - seconds) / for_each))
+        if kind == "FrozenProbe":
+            to_read = tried[0]["training_seconds"] / n
+
+        n_trials, epochs_on_all = len(tried) if n_rates else 1, given or _epochs(passes, n_all)
+        for_each = 1.2 * seconds / n / n_trials * epochs_on_all / epochs  # seconds a document of the training that follows
+        cheap = kind == "TfidfSvm" or (kind in SEARCHED and for_each * n_all < budget)  # baselines read all, if that can be
+        fits = n_all if cheap else min(n_all, int((left - seconds) / for_each))
         if fits > 1.25 * n:
             run = (kind, seed, fits, given or _epochs(passes, fits), record["chosen"]["settings"])
-            more = _made(plan, run, out / folder, left - seconds, bar)
-            record, seconds = more or record, seconds + (_seconds(more) if more else 0)
+            if more := _made(plan, run, out / folder, left - seconds, bar):
+                record, seconds = more, seconds + _seconds(more)
         spent += seconds
-        needed = (_seconds_of(tried) + for_each * n_all) / left if record["key"]["options"]["n_train"] < n_all else 0
+        on_all = record["key"]["options"]["n_train"] == n_all
+        needed = 0 if on_all else (_seconds_of(tried) + for_each * n_all) / left  # times the minutes there were
         yield {**record, "tried": tried, "n_tried": n, "minutes": plan.minutes * max(1, needed)}
 
 

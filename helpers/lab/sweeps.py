@@ -86,12 +86,9 @@ def append(path: str | Path, record: dict) -> bool:
         if any(record["key"] == each["key"] for each in before):
             return False
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[: len(before)] if before else []
-        write_whole(path, "".join(f"{line}\n" for line in [*lines, _line(record)]))
+        lines.append(json.dumps(records.pack(record), ensure_ascii=False))
+        write_whole(path, "".join(f"{line}\n" for line in lines))
     return True
-
-
-def _line(record: dict) -> str:
-    return json.dumps(records.pack(record) if "probabilities" in record else record, ensure_ascii=False)
 
 
 def load_task(key: dict) -> tasks.Task:
