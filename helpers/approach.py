@@ -161,9 +161,9 @@ class LoraApproach(Approach):
     seed: int = 0
     checkpoints: str | None = None  # a folder that gets one after every epoch, from which a stopped training goes on
 
-    prefix: ClassVar[str] = ""  # before the document; a setting of `InstructionTuned`
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
+    prefix: ClassVar[str] = ""  # before the document; a setting of `InstructionTuned`
     lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them
 
     def __post_init__(self) -> None:

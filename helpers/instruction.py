@@ -96,7 +96,7 @@ class InstructionTuned(LoraApproach):
         return "" if self.chat else " "  # a chat template ends with a line break
 
     def _prompts(self, texts: list[str]) -> list[str]:
-        """As of `LoraApproach`, with `chat` as the words of a user. BookError: there is no chat template."""
+        """As `LoraApproach` makes them, with `chat` in the chat template, as a user's words. BookError: there is no template."""
         plain = super()._prompts(texts)
         if not self.chat:
             return plain
