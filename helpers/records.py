@@ -99,6 +99,14 @@ def _expanded(text: str) -> bytes:
     return zlib.decompress(base64.b85decode(text))
 
 
+def title(key: dict) -> str:
+    """A run in a few words: its task, and what differs from `DEFAULTS`."""
+    defaults = (DEFAULTS.get(key["approach"], {}) | {"seed": key["seed"]}).items()
+    changed = [f"{name}={value}" for name, value in key["settings"].items() if (name, value) not in defaults]
+    options = [f"{name}={value}" for name, value in key["options"].items()]
+    return f"{key['task']}({', '.join(options)}) {key['approach']}({', '.join(changed)}) seed {key['seed']}"
+
+
 def predictions_of(record: dict) -> Predictions:
     """A record's predictions; its probabilities are those to five digits."""
     cost = {field.name: record["cost"][field.name] for field in fields(Predictions) if field.name in record["cost"]}
@@ -112,8 +120,7 @@ def predictions_of(record: dict) -> Predictions:
 def validation_of(record: dict) -> Predictions:
     """A record's predictions for the validation documents; BookError if the sweep did not ask for them."""
     if "validation" not in record:
-        run = f"{record['key']['task']}, {record['name']}, seed {record['key']['seed']}"
-        raise BookError(f"{run}: nothing was recorded on validation. Put `validation: true` into its sweep.")
+        raise BookError(f"{title(record['key'])}: nothing was recorded on validation. Put `validation: true` into its sweep.")
     return predictions_of({**record, **record["validation"], "test_set": "", "groups": None})
 
 

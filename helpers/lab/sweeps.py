@@ -75,14 +75,6 @@ def other_versions(made: Iterable[dict]) -> list[str]:
     return [f"{n} records were made with {name} {then}; here it is {here.get(name)}." for (name, then), n in others.items()]
 
 
-def title(key: dict) -> str:
-    """A run in a few words: its task, and what differs from `records.DEFAULTS`."""
-    defaults = (records.DEFAULTS.get(key["approach"], {}) | {"seed": key["seed"]}).items()
-    changed = [f"{name}={value}" for name, value in key["settings"].items() if (name, value) not in defaults]
-    options = [f"{name}={value}" for name, value in key["options"].items()]
-    return f"{key['task']}({', '.join(options)}) {key['approach']}({', '.join(changed)}) seed {key['seed']}"
-
-
 def append(path: str | Path, record: dict) -> bool:
     """Add `record` to the file, unless it holds the same run already; returns whether it was added. A torn last line goes.
 
@@ -136,7 +128,7 @@ def run(key: dict, save: str | Path | None = None, task: tasks.Task | None = Non
             approach, tried = search.search(kind, key["settings"], task, folder)
             searched = {"chosen": max(tried, key=search.rank), "tried": tried}
             for line in search.warnings(task, grid, tried):
-                print(f"{title(key)}: {line}", file=sys.stderr)
+                print(f"{records.title(key)}: {line}", file=sys.stderr)
         else:
             approach = kind(**key["settings"])
             if epochs := search.fit(approach, task):
@@ -249,14 +241,14 @@ def make(
     """
     failed = []
     for key in (bar := tqdm(to_do, unit="run", disable=not progress)):
-        bar.set_postfix_str(title(key))
+        bar.set_postfix_str(records.title(key))
         if key in [record["key"] for record in records.read(path)]:
             continue  # another process made it
         try:
             append(path, run(key, save(key) if save else None, task))
             shutil.rmtree(_search_folder(key), ignore_errors=True)
         except Exception as error:
-            failed.append(f"{title(key)}: {type(error).__name__}: {error}")
+            failed.append(f"{records.title(key)}: {type(error).__name__}: {error}")
             tqdm.write(failed[-1], file=sys.stderr)
     return failed
 
@@ -289,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
         made = [record for record in records.read(path) if record["key"] in wanted]
         print(f"{path}: {len(made)} of {len(wanted)} runs are recorded", *other_versions(made), sep="\n")
         if given.list:
-            print(*(f"not yet run: {title(key)}" for key in to_do), sep="\n")
+            print(*(f"not yet run: {records.title(key)}" for key in to_do), sep="\n")
             return
         failed = make_in_parallel(to_do, path, given.workers) if given.workers > 1 else make(to_do, path)
     except BookError as error:
