@@ -1,4 +1,9 @@
-"""What all approaches have in common: they are fitted on a task, give every label a probability, and lie on disk as a folder."""
+"""What all approaches have in common: they are fitted on a task, give every label a probability, and lie on disk as a folder.
+
+The way of a document: a prompt is made of its text, between prefix and suffix (`_prompts`), and read in batches of tokens
+(`prompts.batches`). The head reads the last token's state; instruction tuning scores every label behind the prompt
+(`label_scoring`). Out comes a row of probabilities, and with gold labels and cost a `Predictions`, which `evaluation` judges.
+"""
 
 import importlib
 import json
@@ -13,12 +18,12 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from helpers import base_models, profiles
+from helpers import base_models, profiles, prompts
 from helpers.checkpoints import resumable, write_whole
 from helpers.errors import BookError, check_texts
 from helpers.evaluation import Predictions, measure
 from helpers.records import DEFAULTS
-from helpers.tasks import Task, first_tokens, gold_of, texts_of
+from helpers.tasks import Task, column, first_tokens, texts_of
 
 SUFFIX = "\n\nThe topic of this article is"
 MODULES = dict.fromkeys(("Majority", "TfidfSvm", "FrozenProbe", "FineTunedEncoder"), "helpers.baselines")
@@ -39,8 +44,8 @@ class Approach:
     training_seconds: float = 0.0
     trainable_parameters: int = 0
     callbacks: ClassVar[Sequence[TrainerCallback]] = ()  # for the Trainer of those that have one
-    use: dict = {}  # how `helpers.compare` says that it is to be used: the `tokens` of a text, its `decision`
-    shorten: Callable[[str], str] = str  # so that `predict_proba` reads as many
+    use: dict = {}  # what `helpers.compare` saves with it: how many `tokens` of a text are read, how labels are decided
+    shorten: Callable[[str], str] = str  # what `predict_proba` reads of a text: all of it, or the first `use["tokens"]`
 
     def fit(self, task: Task) -> Self:
         """Train on `task.train`; nothing is learned from validation or test.
@@ -50,7 +55,7 @@ class Approach:
         self.labels, self.multi_label = task.labels, task.multi_label
         with measure() as cost, profiles.fast_products():
             self._fit(task)
-        self.training_seconds = cost.seconds if self.trainable_parameters else 0.0
+        self.training_seconds = cost.seconds if self.trainable_parameters else 0.0  # a model as it comes is only loaded
         return self
 
     def predict_proba(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
@@ -67,7 +72,7 @@ class Approach:
 
         BookError: a column is missing, or as `predict_proba`.
         """
-        texts, gold = texts_of(documents), gold_of(documents)
+        texts, gold = texts_of(documents), column(documents, "label")
         with measure() as cost:
             probabilities = self.predict_proba(texts, batch_size)
         return Predictions(
@@ -142,8 +147,8 @@ class Approach:
 class LoraApproach(Approach):
     """An approach that trains an adapter on a causal base model: `EmbeddingHead` or `InstructionTuned`.
 
-    Subclasses also have `_load_base() -> (model, tokenizer)` and `_prompts(texts)`. Rank and learning rate were chosen on
-    validation documents of BBC News, 32 per class.
+    Subclasses also have `_load_base() -> (model, tokenizer)`. Rank and learning rate were chosen on validation documents of
+    BBC News, 32 per class.
     """
 
     base_model: str = base_models.DEFAULT
@@ -158,6 +163,7 @@ class LoraApproach(Approach):
 
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
+    prefix: ClassVar[str] = ""  # before the document; a setting of `InstructionTuned`
     lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them
 
     def __post_init__(self) -> None:
@@ -169,6 +175,19 @@ class LoraApproach(Approach):
         if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate >= 0:
             hint = " YAML reads 5e-4 as text: write 5.0e-4." if isinstance(self.learning_rate, str) else ""
             raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.{hint}")
+
+    def _words(self) -> tuple[str, ...]:
+        """What is written for each label."""
+        return self.labels
+
+    def _frame(self) -> tuple[str, str]:
+        """What stands before and behind each document."""
+        listed = ", ".join(self._words())
+        return self.prefix.replace("{labels}", listed), self.suffix.replace("{labels}", listed)
+
+    def _prompts(self, texts: list[str]) -> list[str]:
+        """The documents as the model reads them, up to their labels. BookError: as `prompts.sanitize_prompts`."""
+        return prompts.sanitize_prompts(texts, self.tokenizer, *self._frame())
 
     def _lora_options(self) -> dict:
         """Options of `LoraConfig` beside rank and layers."""

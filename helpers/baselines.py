@@ -103,11 +103,8 @@ class FrozenProbe(Approach):
         texts = prompts.sanitize_prompts(texts, self.tokenizer, after=self.suffix)
         return embed(texts, self.model, self.tokenizer, self.pooling)
 
-    def _logits(self, features: np.ndarray) -> np.ndarray:
-        return features @ self.probe.coef_.T
-
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
-        logits = self._logits(self._features(texts))
+        logits = self.probe.decision_function(self._features(texts))
         return expit(logits) if self.multi_label else softmax(logits, axis=1)
 
     def _save(self, folder: Path) -> None:

@@ -71,8 +71,8 @@ def fetch(package: Package) -> Path:
         pip = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace")
         fetched = Path(scratch, package.filename)
         if not _is_whole(fetched, package):
-            said = pip.stderr.strip().splitlines() or ["no reason given"]
-            reason = ([line for line in said if line.startswith("ERROR")] or said)[-1].strip(" .")
+            lines = pip.stderr.strip().splitlines() or ["no reason given"]
+            reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1].strip(" .")
             raise BookError(f"Cannot fetch {package.filename} ({reason}). Go online once, or copy the file to {target}.")
         fetched.replace(target)
     return target

@@ -81,7 +81,7 @@ def train_classifier(
     """
     if isinstance(gold[0], list):
         gold = [[float(one) for one in row] for row in gold]  # what binary cross-entropy takes
-    trainer = Trainer(
+    training = Trainer(
         **(trainer or {}),
         model=model,
         args=TrainingArguments(**options, **trainer_options(profiles.current(precision))),
@@ -89,8 +89,8 @@ def train_classifier(
         data_collator=DataCollatorWithPadding(tokenizer),
     )
     # A classifier's loss is the mean of its own batch: accumulated gradients would be N times too large (transformers #47688).
-    trainer.model_accepts_loss_kwargs = False
-    run_training(trainer)
+    training.model_accepts_loss_kwargs = False
+    run_training(training)
 
 
 @dataclass
@@ -110,9 +110,6 @@ class EmbeddingHead(LoraApproach):
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_classifier(self.base_model, len(self.labels), self.multi_label, self.precision)
-
-    def _prompts(self, texts: list[str]) -> list[str]:
-        return prompts.sanitize_prompts(texts, self.tokenizer, after=self.suffix)
 
     def _fit(self, task: Task) -> None:
         with self._training_options(task) as options:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,15 +60,13 @@ def fit_probe(embeddings: np.ndarray, gold: np.ndarray, C: float = C) -> Logisti
 
     `coef_` of what comes back has the shape (n_labels, hidden_size), one row a label, also for two labels.
     """
-    if gold.ndim == 2:
-        probes = [fit_probe(embeddings, column, C) if np.ptp(column) else None for column in gold.T]
-        probe = LogisticRegression(C=C, fit_intercept=False)
-        # the two rows of a label's own probe are halves of the same plane; a label that all documents have starts at zero
-        probe.coef_ = np.array([np.zeros(embeddings.shape[1]) if one is None else one.coef_[1] - one.coef_[0] for one in probes])
-        probe.intercept_ = np.zeros(len(probe.coef_))
-        return probe
-    probe = LogisticRegression(C=C, fit_intercept=False, max_iter=5000).fit(embeddings, gold)
-    if len(probe.coef_) == 1:  # scikit-learn keeps one row for two labels: w for the second, 0 for the first
-        probe.coef_ = np.concatenate([-probe.coef_ / 2, probe.coef_ / 2])
-        probe.intercept_ = np.zeros(2)
+    probe = LogisticRegression(C=C, fit_intercept=False, max_iter=5000)
+    if gold.ndim == 1:
+        weights = probe.fit(embeddings, gold).coef_
+        # scikit-learn keeps one row for two labels: w for the second, 0 for the first
+        probe.coef_ = np.concatenate([-weights / 2, weights / 2]) if len(weights) == 1 else weights
+    else:  # a label that all documents have, or none, starts at zero
+        rows = [clone(probe).fit(embeddings, column).coef_[0] if np.ptp(column) else 0 * embeddings[0] for column in gold.T]
+        probe.coef_ = np.array(rows)
+    probe.intercept_ = np.zeros(len(probe.coef_))
     return probe

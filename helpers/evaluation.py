@@ -125,12 +125,14 @@ def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: in
     Multi-label accuracy is that of whole label sets; single-label micro-F1 is the accuracy. BookError: one document or group.
     """
     scores = partial(bootstrap.scores, predictions)
-    (least, low, _), (most, high, _) = bootstrap.interval(scores, predictions, confidence, n_resamples, seed)
+    lows, highs = bootstrap.interval(scores, predictions, confidence, n_resamples, seed)  # in the order of `scores`
     accuracy, macro_f1, micro_f1 = scores()
-    wilson = proportion_confint(int(predictions.correct.sum()), len(predictions.gold), alpha=1 - confidence, method="wilson")
-    wilson = wilson if bootstrap.independent(predictions) else (min(wilson[0], least), max(wilson[1], most))
-    names = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_low", "macro_f1_high", "micro_f1")
-    return dict(zip(names, map(float, (accuracy, *wilson, macro_f1, low, high, micro_f1)), strict=True))
+    low, high = proportion_confint(int(predictions.correct.sum()), len(predictions.gold), alpha=1 - confidence, method="wilson")
+    if not bootstrap.independent(predictions):
+        low, high = min(low, lows[0]), max(high, highs[0])
+    found = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high}
+    found |= {"macro_f1": macro_f1, "macro_f1_low": lows[1], "macro_f1_high": highs[1], "micro_f1": micro_f1}
+    return {name: float(value) for name, value in found.items()}
 
 
 def best_thresholds(validation: Predictions, per_label: bool = False) -> float | np.ndarray:

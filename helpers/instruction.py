@@ -91,37 +91,25 @@ class InstructionTuned(LoraApproach):
         words = list_items(self._words(), self.tokenizer) if self.multi_label else self._words()
         label_tokens(words, self.tokenizer, self._space, self._prompts(["x"])[0])
 
-    def _words(self) -> tuple[str, ...]:
-        """What is written for each label."""
-        return self.labels
-
     @property
     def _space(self) -> str:
         return "" if self.chat else " "  # a chat template ends with a line break
 
-    def _frame(self) -> tuple[str, str]:
-        """What stands before and behind each document."""
-        listed = ", ".join(self._words())
-        return self.prefix.replace("{labels}", listed), self.suffix.replace("{labels}", listed)
-
     def _prompts(self, texts: list[str]) -> list[str]:
-        """The documents as the model reads them, up to their labels.
-
-        Raises:
-            BookError: there is no chat template, or what `prompts.sanitize_prompts` refuses.
-        """
-        before, after = self._frame()
-        framed = prompts.sanitize_prompts(texts, self.tokenizer, before, after)
+        """As `LoraApproach` makes them, with `chat` in the chat template, as a user's words. BookError: there is no template."""
+        plain = super()._prompts(texts)
         if not self.chat:
-            return framed
+            return plain
         if not self.tokenizer.chat_template:
             raise BookError(f"The tokenizer of {self.base_model} has no chat template. Use chat=False, or another base model.")
-        messages = [[{"role": "user", "content": each}] for each in (f"{before}x{after}", *framed)]
-        framed = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        begins = self.tokenizer.bos_token if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
-        ordinary, *framed = (each.removeprefix(begins) for each in framed)  # else it would begin twice
-        prompts.check_control_tokens(framed, ordinary, self.tokenizer)
-        return framed
+        before, after = self._frame()
+        messages = [[{"role": "user", "content": each}] for each in (f"{before}x{after}", *plain)]
+        chats = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # a tokenizer that begins every text with a token of its own would read the template's as a second one
+        bos = self.tokenizer.bos_token if self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id else ""
+        of_no_document, *chats = (chat.removeprefix(bos) for chat in chats)
+        prompts.check_control_tokens(chats, of_no_document, self.tokenizer)
+        return chats
 
     def _examples(self, task: Task) -> dict[str, list[str]]:
         """Columns `prompt` and `completion`, for SFTTrainer."""

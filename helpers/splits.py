@@ -19,7 +19,6 @@ def split_rows(
     n_train: int | None = None,
     n_validation: int = 200,
     n_test: int = 500,
-    by_group: bool = True,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Row numbers of each split: as the publisher split if he did, else by group if there are groups, else at random.
@@ -33,7 +32,6 @@ def split_rows(
         groups, published: shape (n_documents,), str: a document's group and its split of the publisher, empty where none.
         per_class: training documents of each class (single-label); None keeps all that validation and test leave.
         n_train: training documents in all, drawn at random; not together with `per_class`.
-        by_group: False splits at random although there are groups, to see what that hides (chapter 01).
         seed: of the split and of the choice of training documents.
 
     Raises:
@@ -56,7 +54,7 @@ def split_rows(
     for part, size, share in (("test", n_test, 0.2), ("validation", n_validation, 0.125)):  # an eighth of four fifths
         if not len(index[part]):
             try:
-                if by_group and groups.all():
+                if groups.all():
                     shuffle = GroupShuffleSplit(1, test_size=share, random_state=seed)
                     kept, chosen = next(shuffle.split(rest, groups=groups[rest]))
                     rest, index[part] = rest[kept], rest[chosen]

@@ -47,7 +47,7 @@ class Task:
                     raise BookError(f"{self.name}: {split} row {row} repeats a text of {other} ({excerpt(text)}). Remove it.")
             self._check_gold(split)
         seen = self._positives("train").any(axis=0)
-        for split in SPLITS[1:]:
+        for split in SPLITS[1:]:  # here and elsewhere: a loop that raises names the first of what is wrong
             for row, label in np.argwhere(self._positives(split) & ~seen):
                 name = self.labels[label]
                 raise BookError(f"{self.name}: {split} row {row} has label {name!r}, which no training document has. Add some.")
@@ -67,7 +67,7 @@ class Task:
 
     def _check_gold(self, split: str) -> None:
         where, n = f"{self.name}, {split}", len(self.labels)
-        for row, label in enumerate(gold_of(getattr(self, split), where)):
+        for row, label in enumerate(column(getattr(self, split), "label", where)):
             if self.multi_label:
                 wanted = f"list of {n} zeros and ones, one for each label."
                 good = isinstance(label, list) and len(label) == n and set(label) <= {0, 1}
@@ -119,7 +119,7 @@ def split(
     gold = encoder.fit_transform([document.label for document in documents])
     labels = tuple(encoder.classes_.tolist())
     groups = np.array([document.group for document in documents])
-    published = np.array([document.split for document in documents])
+    published = np.array([document.split for document in documents])  # "" where the publisher has not split them
     splits = {}
     for part, rows in split_rows(name, gold, labels, groups, published, **options).items():
         columns = {"text": [documents[row].text for row in rows], "label": gold[rows].tolist()}
@@ -156,17 +156,13 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> Callable[[str], 
 
 def texts_of(documents: Dataset, where: str = "documents") -> list[str]:
     """The column `text` of a split or any other data set; `where` begins messages. BookError: it is missing, a text is empty."""
-    texts = _column(documents, "text", where)
+    texts = column(documents, "text", where)
     check_texts(texts, where)
     return texts
 
 
-def gold_of(documents: Dataset, where: str = "documents") -> list:
-    """The column `label`, as `texts_of`; texts without labels go to an approach's `predict_proba`."""
-    return _column(documents, "label", where)
-
-
-def _column(documents: Dataset, name: str, where: str) -> list:
+def column(documents: Dataset, name: str, where: str = "documents") -> list:
+    """Any column, refused as by `texts_of`. (Texts without labels go to an approach's `predict_proba`.)"""
     if name not in documents.column_names:
         raise BookError(f"{where}: no column {name!r}, only {', '.join(documents.column_names) or 'none'}. Rename yours.")
     if len(documents) == 0:

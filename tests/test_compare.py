@@ -21,7 +21,7 @@ from helpers import records, tasks
 from helpers.approach import Approach
 from helpers.errors import BookError
 from helpers.evaluation import Predictions, evaluate
-from helpers.lab import compare, own_data, predict, sweeps
+from helpers.lab import compare, own_data, predict
 from helpers.lab.approaches import APPROACHES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,10 +92,8 @@ def test_one_command_from_the_file_to_the_verdict_and_to_labels_for_new_texts(
         for label, f1 in labels[record["name"]].items():
             row = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith(f"| {label} "))
             assert float(row.split("|")[3]) == pytest.approx(f1, abs=0.06)
-        task = sweeps.load_task(
-            record["key"], data.key(record["key"]["approach"], 0, record["key"]["options"]["n_train"], 1, None)[1]
-        )
-        assert np.allclose(Approach.load(folder).predict_proba(task.test["text"]), record["probabilities"], atol=1e-4)
+        texts = list(data.splits[0].test["text"])
+        assert np.allclose(Approach.load(folder).predict_proba(texts), record["probabilities"], atol=1e-4)
         code = re.search(r"```python\n(.*?)```", of_readme(folder, "Use"), re.S)[1]
         names = {}
         exec(code, names)
@@ -190,14 +188,10 @@ def test_some_documents_have_all_labels_and_test_documents_stay(n, tiny_task):
     for task in (tiny_task, tasks.Task("x", tiny_task.labels, *(
         Dataset.from_dict({"text": getattr(tiny_task, split)["text"], "label": several[: len(getattr(tiny_task, split))]})
         for split in tasks.SPLITS), multi_label=True)):  # fmt: skip
-        found = [*compare.documents_of(task, n)]
-        train = [each for each in found if each.split == "train"]
-        assert len(train) == min(n, len(task.train)) and len({*train}) == len(train)
-        assert {one for each in train for one in ([each.label] if isinstance(each.label, str) else each.label)} == set(
-            task.labels
-        )
-        assert [each.text for each in found if each.split == "test"] == task.test["text"][:]
-        assert {each.text for each in train} <= set(task.train["text"])
+        found = compare.with_fewer(task, n)
+        assert len(found.train) == len(set(found.train["text"])) == min(n, len(task.train))
+        assert all(found.counts()["train"].values()) and set(found.train["text"]) <= set(task.train["text"])
+        assert found.test["text"][:] == task.test["text"][:] and found.validation is task.validation
 
 
 def test_labels_without_test_documents_are_named(tmp_path, tiny_model):
@@ -328,7 +322,7 @@ def test_every_seed_has_a_split_of_its_own(file, tiny_model):
     first, second = plan.splits
     assert {name: len(getattr(first, name)) for name in tasks.SPLITS} == {"train": 69, "validation": 9, "test": 12}
     assert set(first.test["text"]) != set(second.test["text"])
-    keys = [plan.key("TfidfSvm", seed, 20, 3, None)[0] for seed in (0, 1)]
+    keys = [plan.key("TfidfSvm", seed, 20, 3, None) for seed in (0, 1)]
     assert keys[0]["task"] != keys[1]["task"] and [key["options"]["n_train"] for key in keys] == [20, 20]
 
 
@@ -336,7 +330,7 @@ def test_documents_are_cut_by_the_base_model_that_is_compared(file, tiny_model):
     plan = compare.plan(own_data.read(file, "text", "label"), "label", tiny_model, tokens=3)
     cut = tasks.first_tokens(compare.base_models.load_tokenizer(tiny_model), 3)
     assert all(cut(text) == text for task in plan.splits for text in task.train["text"])
-    assert {plan.key(kind, 0, 20, 3, None)[0]["settings"].get("base_model") for kind in compare.METHODS} >= {tiny_model}
+    assert {plan.key(kind, 0, 20, 3, None)["settings"].get("base_model") for kind in compare.METHODS} >= {tiny_model}
 
 
 def test_a_base_that_is_not_built_like_llama_has_all_its_layers_trained(file, tmp_path):

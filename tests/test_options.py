@@ -238,17 +238,17 @@ def test_an_attention_probe_finds_the_token_that_tells():
 
     (train, gold), (test, expected) = texts(200), texts(200)
     probe = AttentionProbe.fit(train, gold)
-    right = (probe.logits(test).argmax(1) == expected).mean()
+    right = (probe.decision_function(test).argmax(1) == expected).mean()
     mean = fit_probe(np.array([each.mean(0) for each in train]), gold)
     assert right > 0.95 > 0.9 > (mean.predict(np.array([each.mean(0) for each in test])) == expected).mean()
-    alone = np.concatenate([probe.logits([each]) for each in test[:5]])
-    assert np.allclose(probe.logits(test)[:5], alone, atol=1e-4)
+    alone = np.concatenate([probe.decision_function([each]) for each in test[:5]])
+    assert np.allclose(probe.decision_function(test)[:5], alone, atol=1e-4)
 
 
 def test_a_query_of_zeros_is_mean_pooling():
     states = [np.arange(6, dtype=np.float32).reshape(3, 2), np.ones((1, 2), dtype=np.float32)]
     probe = AttentionProbe(np.zeros(2, dtype=np.float32), np.eye(2, dtype=np.float32))
-    assert np.allclose(probe.logits(states), [[2, 3], [1, 1]])
+    assert np.allclose(probe.decision_function(states), [[2, 3], [1, 1]])
 
 
 def test_a_probe_with_learned_attention_learns_one_and_several_labels(tiny_model, tiny_task):
@@ -257,4 +257,4 @@ def test_a_probe_with_learned_attention_learns_one_and_several_labels(tiny_model
     assert said.correct.mean() > 0.5 and said.trainable_parameters == one.probe.coef_.size + one.probe.query.size
     rows = [{"text": row["text"], "label": np.eye(3, dtype=int)[row["label"]].tolist()} for row in tiny_task.train]
     probe = AttentionProbe.fit(one._features(list(tiny_task.train["text"])), np.array([row["label"] for row in rows]))
-    assert (probe.logits(one._features(list(tiny_task.train["text"]))) > 0).shape == (len(rows), 3)
+    assert (probe.decision_function(one._features(list(tiny_task.train["text"]))) > 0).shape == (len(rows), 3)

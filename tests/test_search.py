@@ -243,7 +243,7 @@ def test_the_best_epoch_needs_a_training_in_one_piece(tiny_model, tiny_task, tmp
 
 
 def test_a_run_with_the_best_epoch_records_the_epochs(tiny_model, tiny_task, monkeypatch):
-    monkeypatch.setattr(sweeps, "load_task", lambda key, sources: tiny_task)
+    monkeypatch.setattr(sweeps, "load_task", lambda key: tiny_task)
     approach = {"EmbeddingHead": {"base_model": tiny_model, "n_layers": 1, "best_epoch": True, "precision": "bfloat16"}}
     (key,) = sweeps.keys({"tasks": ["bbc"], "seeds": [0], "approaches": [approach]})
     record = sweeps.run(key)

@@ -21,9 +21,6 @@ from helpers.lab.statistics import (
     of_settings,
     over_seeds,
     power,
-    reliability,
-    risk_coverage,
-    spread,
 )
 from helpers.records import predictions_of
 
@@ -40,27 +37,6 @@ def test_holm_never_falls_below_the_p_value_nor_above_bonferroni():
     family = comparisons({str(n): with_counts(n, 12 - n) for n in range(13)}, n_resamples=50)
     assert (family["p_holm"] >= family["p_value"] - 1e-12).all()
     assert (family["p_holm"] <= np.minimum(13 * family["p_value"], 1) + 1e-12).all()
-
-
-def test_spread_finds_what_a_simulation_put_in():
-    generator, results = np.random.default_rng(0), []
-    for seed in range(300):
-        correct = generator.random(500) < np.clip(generator.normal(0.8, 0.03), 0, 1)
-        results.append(Predictions("x", ("a", "b"), np.eye(2)[np.where(correct, 0, 1)], np.zeros(500), test_set=str(seed)))
-    found = spread(results)
-    assert found["mean"] == pytest.approx(0.8, abs=0.005)
-    assert found["documents"] == pytest.approx((0.8 * 0.2 / 500) ** 0.5, rel=0.05)
-    assert found["training"] == pytest.approx(0.03, rel=0.15)
-    assert found["between_seeds"] ** 2 == pytest.approx(found["documents"] ** 2 + found["training"] ** 2)
-
-
-def test_spread_is_never_negative_and_needs_different_test_sets():
-    same = [random_predictions(1, test_set=str(seed)) for seed in range(3)]
-    assert spread(same)["training"] == spread(same)["between_seeds"] == 0
-    with pytest.raises(BookError, match="one seed has no spread"):
-        spread(same[:1])
-    with pytest.raises(BookError, match="same test set"):
-        spread([same[0], same[0]])
 
 
 @pytest.mark.parametrize("n, disagree, difference", [(300, 0.1, 0.05), (500, 0.2, 0.03), (100, 0.3, 0.1)])
@@ -97,20 +73,17 @@ def two_labels(confidence, correct):
 
 def test_calibration_error_by_hand():
     predictions = two_labels([0.95, 0.95, 0.75, 0.65], [True, False, True, True])
-    rows = reliability(predictions)
-    assert rows["documents"].tolist() == [1, 1, 2]
-    assert rows["accuracy"].tolist() == [1, 1, 0.5]
     # (|1 - .65| + |1 - .75| + 2 |.5 - .95|) / 4
     assert expected_calibration_error(predictions) == pytest.approx((0.35 + 0.25 + 0.9) / 4)
 
 
-def test_reliability_is_the_curve_of_scikit_learn():
+def test_calibration_error_is_that_of_the_curve_of_scikit_learn():
     predictions = random_predictions(4, n=500)
-    rows = reliability(predictions)
-    frequency, mean = calibration_curve(predictions.correct, predictions.probabilities.max(axis=1), n_bins=10)
-    assert rows["accuracy"].tolist() == pytest.approx(frequency.tolist())
-    assert rows["confidence"].tolist() == pytest.approx(mean.tolist())
-    assert rows["documents"].sum() == 500
+    confidence = predictions.probabilities.max(axis=1)
+    frequency, mean = calibration_curve(predictions.correct, confidence, n_bins=10)
+    documents, _ = np.histogram(confidence, bins=10, range=(0, 1))
+    expected = np.average(np.abs(frequency - mean), weights=documents[documents > 0])
+    assert expected_calibration_error(predictions) == pytest.approx(expected)
 
 
 def test_calibration_error_is_small_if_confidence_is_true_and_does_not_know_the_order():
@@ -122,35 +95,6 @@ def test_calibration_error_is_small_if_confidence_is_true_and_does_not_know_the_
     order = generator.permutation(20_000)
     assert expected_calibration_error(two_labels(confidence[order], correct[order])) == pytest.approx(error)
     assert expected_calibration_error(two_labels(np.full(10, 1.0), [False] * 10)) == pytest.approx(1)
-
-
-def test_calibration_of_many_labels_a_document_counts_every_label():
-    predictions = Predictions("x", ("a", "b"), [[0.95, 0.15], [0.95, 0.85]], [[1, 0], [0, 1]])
-    assert reliability(predictions)["documents"].tolist() == [1, 1, 2]
-    assert expected_calibration_error(predictions) == pytest.approx((0.15 + 0.15 + 0.9) / 4)
-
-
-def test_risk_and_coverage_by_hand():
-    rows = risk_coverage(two_labels([0.9, 0.8, 0.7, 0.6], [True, True, False, True]))
-    assert rows["coverage"].tolist() == [0.25, 0.5, 0.75, 1]
-    assert rows["risk"].tolist() == pytest.approx([0, 0, 1 / 3, 1 / 4])
-    tied = risk_coverage(two_labels([0.9, 0.7, 0.7, 0.7], [True, False, True, True]))  # answered together, in any order
-    assert tied["coverage"].tolist() == [0.25, 1]
-    assert tied["risk"].tolist() == pytest.approx([0, 1 / 4])
-
-
-def test_risk_of_answering_everything_is_the_error_rate():
-    predictions = random_predictions(3)
-    rows = risk_coverage(predictions)
-    assert rows["coverage"].iloc[-1] == 1
-    assert rows["risk"].iloc[-1] == pytest.approx(1 - predictions.correct.mean())
-    assert rows["coverage"].is_monotonic_increasing
-
-
-def test_risk_of_many_labels_a_document_goes_by_the_least_certain():
-    rows = risk_coverage(Predictions("x", ("a", "b"), [[0.9, 0.9], [0.99, 0.6]], [[1, 1], [1, 0]]))
-    assert rows["coverage"].tolist() == [0.5, 1]
-    assert rows["risk"].tolist() == [0, 0.5]
 
 
 def run_of(name, seed, right, setting=8, **settings):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import base_models, corpora, profiles, records, tasks
+from helpers import base_models, profiles, records, tasks
 from helpers.baselines import TfidfSvm
 from helpers.errors import BookError
 from helpers.evaluation import compare
@@ -80,7 +80,7 @@ def test_a_record_gives_back_what_the_approach_predicted(made):
 
 
 def test_the_cost_of_an_adapter_is_recorded(tiny_model, monkeypatch, tiny_task):
-    monkeypatch.setattr(sweeps, "load_task", lambda key, sources: tiny_task)
+    monkeypatch.setattr(sweeps, "load_task", lambda key: tiny_task)
     options = {"base_model": tiny_model, "rank": [2, 4], "epochs": 1, "n_layers": 1}
     small, large = sweeps.keys({**SMALL, "approaches": [{"EmbeddingHead": options}]})
     small, large = (sweeps.run(key)["cost"] for key in (small, large))
@@ -196,19 +196,11 @@ def test_provenance_says_how_it_was_computed(monkeypatch):
     assert (found["attention"], found["float32_matmul_precision"]) == ("sdpa", "highest")
 
 
-def test_own_documents_are_a_source_like_the_books(tiny_task):
-    documents = [
-        corpora.Document(text, tiny_task.labels[label])
-        for text, label in zip(
-            [*tiny_task.train["text"], *tiny_task.test["text"]],
-            [*tiny_task.train["label"], *tiny_task.test["label"]],
-            strict=True,
-        )
-    ]
-    sources = {"mine": corpora.Source(lambda: documents)}
+def test_a_task_of_ones_own_is_run_like_the_books(tiny_task):
     sweep = {**SMALL, "tasks": [{"mine": {"n_validation": 3, "n_test": 3}}]}
-    (key,) = sweeps.keys(sweep, sources)
-    assert len(sweeps.run(key, sources=sources)["gold"]) == 3 and "mine" not in corpora.TASKS
+    (key,) = sweeps.keys(sweep, ["mine"])
+    record = sweeps.run(key, task=tiny_task)
+    assert record["content_hash"] == tiny_task.content_hash() and len(record["gold"]) == len(tiny_task.test)
     with pytest.raises(BookError, match="task 'mine'"):
         sweeps.keys(sweep)
 
@@ -336,7 +328,7 @@ def test_records_of_different_test_sets_are_not_compared(made):
 
 
 def test_validation_and_content_free_texts_are_recorded_where_the_sweep_asks(tiny_model, tiny_task, monkeypatch, made):
-    monkeypatch.setattr(sweeps, "load_task", lambda key, sources: tiny_task)
+    monkeypatch.setattr(sweeps, "load_task", lambda key: tiny_task)
     approach = {"InstructionTuned": {"base_model": tiny_model, "epochs": 0}}
     (key,) = sweeps.keys({**SMALL, "approaches": [approach], "validation": True})
     record = json.loads(json.dumps(sweeps.run(key)))

@@ -350,9 +350,10 @@ def test_no_group_stands_in_two_splits(grouped, seed):
     assert len(validation) <= 0.1 * n_groups + 1 and len(test) <= 0.2 * n_groups + 1
 
 
-def test_without_by_group_groups_are_mixed(grouped):
+def test_documents_that_do_not_say_their_groups_are_split_at_random(grouped):
     name, documents, conflicting, group = grouped
-    task = split(name, documents, n_validation=200, n_test=500, conflicting=conflicting, by_group=False)
+    documents = [document._replace(group="") for document in documents]
+    task = split(name, documents, n_validation=200, n_test=500, conflicting=conflicting)
     train, validation, test = groups_of(task, group)
     assert len(test - train) < len(test) / 5 and len(validation - train) < len(validation) / 5
     assert len(task.train) == len(group) - 700
@@ -458,8 +459,8 @@ def test_published_splits_go_before_groups():
 
 @pytest.mark.parametrize("by_group", [True, False])
 def test_where_only_test_is_published_validation_comes_from_training(by_group):
-    documents = pets(split=lambda row: "test" if row < 30 else "train", group=lambda row: f"group {row % 20}")
-    task = split("pets", documents, by_group=by_group, **SMALL)
+    groups = (lambda row: f"group {row % 20}") if by_group else (lambda row: "")
+    task = split("pets", pets(split=lambda row: "test" if row < 30 else "train", group=groups), **SMALL)
     assert numbers(task, "test") < set(range(30))
     assert numbers(task, "validation") | numbers(task, "train") <= set(range(30, 100))
     in_both = {row % 20 for row in numbers(task, "validation")} & {row % 20 for row in numbers(task, "train")}

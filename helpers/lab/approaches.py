@@ -57,10 +57,6 @@ class EmbeddingHead(LoraOptions, embedding_head.EmbeddingHead):
     causal: bool = True
     prefix: str = ""  # before the document, as for `InstructionTuned`
 
-    def _prompts(self, texts: list[str]) -> list[str]:
-        before = self.prefix.replace("{labels}", ", ".join(self.labels))
-        return prompts.sanitize_prompts(texts, self.tokenizer, before, self.suffix)
-
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = super()._load_base()
         if not self.causal:
@@ -137,16 +133,16 @@ class InstructionTuned(LoraOptions, instruction.InstructionTuned):
         gold = np.array(task.train["label"])
         rows = [row for label in range(len(self.labels)) for row in np.flatnonzero(gold == label)[: self.shots]]
         documents = task.train.select(np.random.default_rng(self.seed).permutation(rows))
-        framed = prompts.sanitize_prompts(texts_of(documents), base_models.load_tokenizer(self.base_model), *super()._frame())
-        return "".join(f"{each} {self._words()[label]}\n\n" for each, label in zip(framed, documents["label"], strict=True))
+        shown = prompts.sanitize_prompts(texts_of(documents), base_models.load_tokenizer(self.base_model), *super()._frame())
+        return "".join(f"{each} {self._words()[label]}\n\n" for each, label in zip(shown, documents["label"], strict=True))
 
     def _examples(self, task: Task) -> dict[str, list[str]]:
         if not self.multi_label:
             return super()._examples(task)
-        framed, words, gold = self._prompts(texts_of(task.train)), self._words(), np.array(task.train["label"])
+        asked, words, gold = self._prompts(texts_of(task.train)), self._words(), np.array(task.train["label"])
         generator, counts, examples = np.random.default_rng(self.seed), gold.sum(axis=0), []
         ranks = {"task": 0 * counts, "frequent": -counts, "rare": counts}.get(self.order)
-        for prompt, row in zip(framed, gold, strict=True):
+        for prompt, row in zip(asked, gold, strict=True):
             own, others = np.flatnonzero(row), np.flatnonzero(row == 0)
             if self.ask == "questions":
                 asked = [*own, *generator.choice(others, min(2, len(others)), replace=False)]
@@ -171,12 +167,12 @@ class InstructionTuned(LoraOptions, instruction.InstructionTuned):
 
 
 def score_questions(
-    framed: list[str], labels: tuple[str, ...], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options
+    texts: list[str], labels: tuple[str, ...], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options
 ) -> torch.Tensor:
     """How likely `label? yes` is against `label? no` behind every prompt, (n_prompts, n_labels); options of `score_labels`."""
     answers = tuple(f"{label}? {answer}" for label in labels for answer in ("yes", "no"))
-    scores = score_labels(framed, answers, model, tokenizer, tolerance=0, **options)
-    return scores.view(len(framed), len(labels), 2).softmax(-1)[..., 0]
+    scores = score_labels(texts, answers, model, tokenizer, tolerance=0, **options)
+    return scores.view(len(texts), len(labels), 2).softmax(-1)[..., 0]
 
 
 @dataclass
@@ -215,9 +211,6 @@ class FrozenProbe(baselines.FrozenProbe):
                 states[row] = tokens[:n]
         return states
 
-    def _logits(self, features) -> np.ndarray:
-        return self.probe.logits(features) if self.pooling == "attention" else super()._logits(features)
-
 
 @dataclass
 class AttentionProbe:
@@ -246,8 +239,8 @@ class AttentionProbe:
         optimizer.step(step)
         return cls(query.detach().numpy(), coef.detach().numpy())
 
-    def logits(self, states: list[np.ndarray]) -> np.ndarray:
-        """Shape (n_texts, n_labels)."""
+    def decision_function(self, states: list[np.ndarray]) -> np.ndarray:
+        """Logits, shape (n_texts, n_labels), as scikit-learn calls them."""
         return _pooled(*_padded(states), torch.as_tensor(self.query)).numpy() @ self.coef_.T
 
 

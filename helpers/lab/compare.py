@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from helpers import base_models, evaluation, profiles, prompts, records, tasks
 from helpers.checkpoints import write_whole
-from helpers.corpora import Document, Source, remove_duplicates
+from helpers.corpora import remove_duplicates
 from helpers.errors import BookError
 from helpers.evaluation import Predictions
 from helpers.lab import own_data, statistics, sweeps, tables
@@ -58,28 +58,24 @@ class Plan:
     tokens: int  # of each document that are read
     minutes: float  # for all of it, about
 
-    def key(self, kind: str, seed: int, n: int, epochs: int, chosen: dict | None) -> tuple[dict, dict[str, Source]]:
+    def key(self, kind: str, seed: int, n: int, epochs: int, chosen: dict | None) -> dict:
         """A run of `sweeps` on `n` training documents, with the settings that were chosen or with those to try."""
         task, settings = self.splits[seed], dict(self.settings[kind])
-        documents, sizes = [*documents_of(task, n)], {"n_validation": len(task.validation), "n_test": len(task.test)}
+        name = f"{self.data.name} {task.content_hash()[:8]}"
+        sizes = {"n_validation": len(task.validation), "n_test": len(task.test), "n_train": n}
         settings |= ({"epochs": epochs} if "best_epoch" in settings else {}) | (chosen or {"choose": METHODS[kind][1]})
-        sources = {f"{self.data.name} {task.content_hash()[:8]}": Source(lambda: documents)}
-        sweep = {"tasks": [dict.fromkeys(sources, sizes | {"n_train": n})], "seeds": [seed], "approaches": [{kind: settings}]}
-        return sweeps.keys(sweep | {"validation": True, "base_model": self.base_model}, sources)[0], sources
+        sweep = {"tasks": [{name: sizes}], "seeds": [seed], "approaches": [{kind: settings}], "base_model": self.base_model}
+        (key,) = sweeps.keys(sweep | {"validation": True}, [name])
+        return key
 
 
-def documents_of(task: tasks.Task, n: int) -> Iterator[Document]:
-    """The documents of a task, each marked with its split; of those for training `n` at random, all labels among them."""
+def with_fewer(task: tasks.Task, n: int) -> tasks.Task:
+    """A task with `n` of its training documents (or all of them) at random, all labels among them."""
     gold = np.array(task.train["label"])
     order = np.random.default_rng(0).permutation(len(gold))
     first = (gold if task.multi_label else np.eye(len(task.labels))[gold])[order].argmax(axis=0)
     rows = [*order[np.unique(first)], *np.delete(order, first)][:n]
-    for split in tasks.SPLITS:
-        documents = getattr(task, split).select(rows) if split == "train" else getattr(task, split)
-        groups = documents["group"] if "group" in documents.column_names else [""] * len(documents)
-        for text, label, group in zip(documents["text"], documents["label"], groups, strict=True):
-            names = tuple(np.array(task.labels)[np.flatnonzero(label)].tolist()) if task.multi_label else task.labels[label]
-            yield Document(text, names, group, split)
+    return replace(task, train=task.train.select(rows))
 
 
 def plan(
@@ -116,7 +112,7 @@ def plan(
     unseen = sorted({label for task in splits for label, count in task.counts()["test"].items() if not count})
     lines = [f"{label!r} has no test document in one of the splits: macro-F1 there is that of the others." for label in unseen]
 
-    decoder = base_models.on_meta(base_models.shape_of(base_model)).base_model
+    decoder = base_models.on_meta(base_model).base_model
     like_llama = all(hasattr(decoder, name) for name in ("embed_tokens", "layers", "norm"))
     upper = min(APPROACHES["EmbeddingHead"].n_layers, len(decoder.layers)) if profile == "quick" and like_llama else None
     trained = {"best_epoch": True} | ({"epochs": epochs} if epochs else {})
@@ -165,31 +161,38 @@ def _tick(bar: tqdm) -> None:
 
 
 def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
-    """The records of one split: each approach is trained on as many documents as its share of the minutes allows."""
-    passes, forward = 1200 if plan.data.multi_label else 600, 0.1  # documents of all epochs, at least; seconds to read one
-    budget, n_all, spent, before = 60 * plan.minutes / len(plan.splits), len(plan.splits[seed].train), 0.0, 0.0
+    """The records of one split: values are tried on some training documents, then the chosen ones on as many as time allows."""
+    passes = 1200 if plan.data.multi_label else 600  # documents that a training reads in all its epochs, at least
+    to_read = 0.1  # seconds for a document, until the frozen probe tells
+    budget, n_all, spent, share_before = 60 * plan.minutes / len(plan.splits), len(plan.splits[seed].train), 0.0, 0.0
     for kind, (folder, values, share) in METHODS.items():
-        left, before = max(share * budget - spent, (share - before) * budget / 2), share
-        rates = len(values.get("learning_rate", ()))
-        read = left / 2 / forward / (rates + 1)  # so many documents can be read in all epochs of a trial
-        n = min(n_all, max(SEARCHED.get(kind) or int(read / (3 if read > passes else 6)), LEAST, len(plan.data.labels)))
+        left = max(share * budget - spent, (share - share_before) * budget / 2)  # seconds
+        share_before, given = share, plan.settings[kind].get("epochs")
+        n_rates = len(values.get("learning_rate", ()))
+
+        can_read = left / 2 / to_read / (n_rates + 1)  # documents in all epochs of a trial, in half of the time
+        n = SEARCHED.get(kind) or int(can_read / (3 if can_read > passes else 6))
+        n = min(n_all, max(n, LEAST, len(plan.data.labels)))
         n = n if n < 0.8 * n_all else n_all
-        given, read = plan.settings[kind].get("epochs"), passes if kind in SEARCHED else min(read, passes)
-        epochs, later = given or _epochs(read, n), given or _epochs(passes, n_all)
+        epochs = given or _epochs(passes if kind in SEARCHED else min(can_read, passes), n)
         record = _made(plan, (kind, seed, n, epochs, None), out / folder, left, bar)
         if record is None:
             continue
         seconds, n, tried = _seconds(record), record["key"]["options"]["n_train"], record["tried"]
-        forward = tried[0]["training_seconds"] / n if kind == "FrozenProbe" else forward
-        for_each = 1.2 * seconds / n / (len(tried) if rates else 1) * later / epochs
-        baseline = kind == "TfidfSvm" or (kind in SEARCHED and for_each * n_all < budget)  # on all, if that can be
-        fits = n_all if baseline else min(n_all, int((left - seconds) / for_each))
+        if kind == "FrozenProbe":
+            to_read = tried[0]["training_seconds"] / n
+
+        n_trials, epochs_on_all = len(tried) if n_rates else 1, given or _epochs(passes, n_all)
+        for_each = 1.2 * seconds / n / n_trials * epochs_on_all / epochs  # seconds a document of the training that follows
+        cheap = kind == "TfidfSvm" or (kind in SEARCHED and for_each * n_all < budget)  # baselines read all, if that can be
+        fits = n_all if cheap else min(n_all, int((left - seconds) / for_each))
         if fits > 1.25 * n:
             run = (kind, seed, fits, given or _epochs(passes, fits), record["chosen"]["settings"])
-            more = _made(plan, run, out / folder, left - seconds, bar)
-            record, seconds = more or record, seconds + (_seconds(more) if more else 0)
+            if more := _made(plan, run, out / folder, left - seconds, bar):
+                record, seconds = more, seconds + _seconds(more)
         spent += seconds
-        needed = (_seconds_of(tried) + for_each * n_all) / left if record["key"]["options"]["n_train"] < n_all else 0
+        on_all = record["key"]["options"]["n_train"] == n_all
+        needed = 0 if on_all else (_seconds_of(tried) + for_each * n_all) / left  # times the minutes there were
         yield {**record, "tried": tried, "n_tried": n, "minutes": plan.minutes * max(1, needed)}
 
 
@@ -198,13 +201,13 @@ def _epochs(passes: float, n: int) -> int:
 
 
 def _made(plan: Plan, run: tuple, folder: Path, seconds: float, bar: tqdm) -> dict | None:
-    (key, sources), (kind, seed, n, _, chosen), path = plan.key(*run), run, folder.with_name("records.jsonl")
+    key, (kind, seed, n, _, chosen), path = plan.key(*run), run, folder.with_name("records.jsonl")
     what = "training" if chosen else "trying settings"
     bar.set_description_str(f"{APPROACHES[kind].name}: {what} on {n:,} documents, about {seconds / 60:.1f} minutes left for it")
     if folder.exists() and not (folder / "approach.json").exists():
         shutil.rmtree(folder)  # a run was stopped while it saved
     with contextlib.redirect_stderr(io.StringIO()):  # what is said of a search stands in the report
-        failed = sweeps.make([key], path, lambda key: None if seed else folder, False, sources)
+        failed = sweeps.make([key], path, lambda key: None if seed else folder, False, with_fewer(plan.splits[seed], n))
     tqdm.write("\n".join(failed), file=sys.stderr, end="\n" * len(failed))
     return next((record for record in records.read(path) if record["key"] == key), None)
 

@@ -91,9 +91,9 @@ def added(approach: Approach, probabilities: np.ndarray) -> dict[str, list]:
     without, labels = np.isnan(probabilities[:, 0]), np.array(approach.labels)
     rows = np.where(without[:, None], 0, probabilities).astype(float)
     if approach.multi_label:
-        said = Predictions("", approach.labels, rows, np.zeros(rows.shape, int))
-        said = statistics.decided(said, **approach.use.get("decision", {"threshold": 0.5, "at_least_one": False}))
-        found = {"predicted": [";".join(labels[row == 1]) for row in said.predicted]}
+        decided = Predictions("", approach.labels, rows, np.zeros(rows.shape, int))
+        decided = statistics.decided(decided, **approach.use.get("decision", {"threshold": 0.5, "at_least_one": False}))
+        found = {"predicted": [";".join(labels[row == 1]) for row in decided.predicted]}
         found |= {f"probability of {label}": column.round(6).tolist() for label, column in zip(labels, rows.T, strict=True)}
     else:
         found = {"predicted": labels[rows.argmax(axis=1)].tolist(), "probability": rows.max(axis=1).round(6).tolist()}

@@ -97,27 +97,6 @@ def comparisons(pairs: dict[str, tuple[Predictions, Predictions]], **options) ->
     return rows.assign(p_holm=multipletests(rows["p_value"], method="holm")[1])
 
 
-def spread(results: Sequence[Predictions]) -> dict[str, float]:
-    """How much of one approach's spread in accuracy comes from the test documents, how much from training.
-
-    Every seed draws its own training and test documents, so the variance between seeds is the sum of both. That of the
-    documents is known, p (1 - p) / n; what is left comes from the training documents and the seed (method of moments,
-    never below zero). With three seeds it is a rough figure. BookError: one result, or two of the same test set.
-
-    Returns `mean` accuracy and the standard deviations `between_seeds` (observed), `documents` and `training`, all in 0..1.
-    """
-    if len(results) < 2:
-        raise BookError(f"{results[0].approach}: one seed has no spread. Record at least two.")
-    known = [each.test_set for each in results if each.test_set]
-    if len(known) != len(set(known)):
-        raise BookError(f"{results[0].approach}: two results have the same test set, so its documents add no spread. Drop one.")
-    accuracy = np.array([each.correct.mean() for each in results])
-    documents = np.mean([p * (1 - p) / len(each.gold) for p, each in zip(accuracy, results, strict=True)])
-    between = accuracy.var(ddof=1)
-    variances = {"between_seeds": between, "documents": documents, "training": max(between - documents, 0.0)}
-    return {"mean": accuracy.mean()} | {name: variance**0.5 for name, variance in variances.items()}
-
-
 def power(difference: float, n_documents: int, disagree: float, alpha: float = 0.05) -> float:
     """Chance that the exact McNemar test finds a true `difference` (0..disagree) in accuracy between two classifiers.
 
@@ -142,40 +121,12 @@ def minimum_detectable_effect(n_documents: int, disagree: float, wanted_power: f
     return brentq(lambda difference: power(difference, n_documents, disagree, alpha) - wanted_power, 1e-9, disagree)
 
 
-def _confidence(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """How sure, and whether right: a document's most probable label; multi-label, every label of every document."""
-    if predictions.multi_label:
-        return predictions.probabilities.ravel(), predictions.gold.ravel().astype(bool)
-    return predictions.probabilities.max(axis=1), predictions.correct
-
-
-def reliability(predictions: Predictions, n_bins: int = 10) -> pd.DataFrame:
-    """Means of `confidence` and `accuracy` in `n_bins` bins of equal width, with the number of `documents`: a row for each bin.
-
-    In a multi-label task every label of every document is one, with its probability and whether it is true.
-    """
-    confidence, correct = _confidence(predictions)
-    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
-    rows = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct.astype(float), "documents": 1})
-    return rows.groupby("bin").agg({"confidence": "mean", "accuracy": "mean", "documents": "sum"})
-
-
 def expected_calibration_error(predictions: Predictions, n_bins: int = 10) -> float:
-    """Mean distance between the two in `reliability`, weighted by documents, in 0..1 (Guo et al. 2017, arXiv 1706.04599)."""
-    rows = reliability(predictions, n_bins)
-    return float(np.average((rows["confidence"] - rows["accuracy"]).abs(), weights=rows["documents"]))
+    """Mean distance between confidence and accuracy in bins of equal width, weighted by documents, in 0..1.
 
-
-def risk_coverage(predictions: Predictions) -> pd.DataFrame:
-    """For every distinct confidence, `coverage`: the share of documents at least so sure, and `risk`: of wrong ones among them.
-
-    Multi-label: a document is as sure as its least certain label, and right if all of its labels are.
+    Confidence is the probability of a document's most probable label (Guo et al. 2017, arXiv 1706.04599). For single labels.
     """
-    sure = predictions.probabilities.max(axis=1)
-    if predictions.multi_label:
-        sure = np.maximum(predictions.probabilities, 1 - predictions.probabilities).min(axis=1)
-    order = np.argsort(-sure, kind="stable")
-    answered = np.arange(1, len(order) + 1)
-    risk = np.cumsum(~predictions.correct[order]) / answered
-    last = np.append(np.diff(sure[order]) != 0, True)  # equally sure documents are answered together
-    return pd.DataFrame({"coverage": answered[last] / len(order), "risk": risk[last]})
+    confidence = predictions.probabilities.max(axis=1)
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    too_sure = np.bincount(bins, weights=confidence - predictions.correct)  # the sum over a bin's documents
+    return float(np.abs(too_sure).sum() / len(confidence))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
 from datetime import date
@@ -40,12 +40,11 @@ from helpers.evaluation import Predictions, evaluate, measure
 from helpers.lab import search
 from helpers.lab.approaches import APPROACHES
 
-Sources = Mapping[str, corpora.Source]
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "scikit-learn")
 CONTENT_FREE = ("N/A", "[MASK]", "...")  # what contextual calibration asks about (Zhao et al. 2021, arXiv 2102.09690)
 _COST = ("training_seconds", "seconds", "documents_per_second", "tokens", "peak_memory", "trainable_parameters")
 _SWEEP = {"tasks": list, "seeds": list, "approaches": list, "validation": bool, "base_model": str, "full": dict}
-_OPTIONS = ("words", "tokens", "per_class", "n_train", "n_validation", "n_test", "by_group", "conflicting")
+_OPTIONS = ("words", "tokens", "per_class", "n_train", "n_validation", "n_test", "conflicting")
 
 
 def provenance(precision: str | None = None) -> dict:
@@ -87,17 +86,14 @@ def append(path: str | Path, record: dict) -> bool:
         if any(record["key"] == each["key"] for each in before):
             return False
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[: len(before)] if before else []
-        write_whole(path, "".join(f"{line}\n" for line in [*lines, _line(record)]))
+        lines.append(json.dumps(records.pack(record), ensure_ascii=False))
+        write_whole(path, "".join(f"{line}\n" for line in lines))
     return True
 
 
-def _line(record: dict) -> str:
-    return json.dumps(records.pack(record) if "probabilities" in record else record, ensure_ascii=False)
-
-
-def load_task(key: dict, sources: Sources = corpora.TASKS) -> tasks.Task:
+def load_task(key: dict) -> tasks.Task:
     """The task of a run in the splits of its seed, its documents cut to `words`, or to `tokens` of the base model `tokenizer`."""
-    options, source = dict(key["options"]), sources[key["task"]]
+    options, source = dict(key["options"]), corpora.TASKS[key["task"]]
     tokenizer = options.pop("tokenizer", base_models.DEFAULT)
     if "words" in options:
         options["shorten"] = tasks.first_words(options.pop("words"))
@@ -118,11 +114,14 @@ def groups_of(task: tasks.Task) -> list[str]:
     return [hashlib.sha256(each.encode()).hexdigest()[:8] for each in task.test[column]]
 
 
-def run(key: dict, save: str | Path | None = None, sources: Sources = corpora.TASKS) -> dict:
-    """Make one run and return its record, with those on validation and `CONTENT_FREE` texts if the key says `validation`."""
+def run(key: dict, save: str | Path | None = None, task: tasks.Task | None = None) -> dict:
+    """Make one run and return its record, with those on validation and `CONTENT_FREE` texts if the key says `validation`.
+
+    `save` is a folder for what is trained, `task` has the documents if they are not those of a task of the book.
+    """
     give_back_memory()  # so that the peak is that of this run
     made_with = provenance(key["settings"].get("precision"))
-    task = load_task(key, sources)  # what can go wrong does so before the training
+    task = task or load_task(key)  # what can go wrong does so before the training
     kind, folder, searched = APPROACHES[key["approach"]], _search_folder(key), {}
     with measure() as training:
         if grid := {name: value for name, value in key["settings"].items() if isinstance(value, list)}:
@@ -177,16 +176,16 @@ def give_back_memory() -> None:
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # in glibc only
 
 
-def keys(sweep: dict | list[dict], sources: Sources = corpora.TASKS) -> list[dict]:
+def keys(sweep: dict | list[dict], known: Iterable[str] = corpora.TASKS) -> list[dict]:
     """Every run of a sweep, or of a list of them, each once: task by task and seed by seed, all approaches in all their settings.
 
     `tasks` and `approaches` are lists of `name: options`. A list as an approach's option is a run for each value; a list in its
     option `choose` is one run that tries the values on validation (`search`). `base_model` is that of every approach that has the
     book's, and its tokenizer cuts the documents for all approaches alike; `full` is what is different under the full profile;
-    `validation: true`, see `run`. BookError: an unknown or missing name of anything.
+    `validation: true`, see `run`. `known` are the names that tasks may have. BookError: an unknown or missing name of anything.
     """
     if isinstance(sweep, list):
-        every = {json.dumps(key, sort_keys=True): key for each in sweep for key in keys(each, sources)}
+        every = {json.dumps(key, sort_keys=True): key for each in sweep for key in keys(each, known)}
         return list(every.values())
     profile = profiles.current().name
     sweep = {"validation": False, "base_model": base_models.DEFAULT, "full": {}} | checked(sweep, "entry of a sweep", _SWEEP)
@@ -198,7 +197,7 @@ def keys(sweep: dict | list[dict], sources: Sources = corpora.TASKS) -> list[dic
     base_model, found = sweep["base_model"], []
     every_run = itertools.product(_named(sweep["tasks"]), sweep["seeds"], _named(sweep["approaches"]))
     for (task, options), seed, (name, settings) in every_run:
-        checked({task: options}, "task", sources)
+        checked({task: options}, "task", known)
         checked({name: settings}, "approach", APPROACHES)
         defaults = {each.name: each.default for each in fields(APPROACHES[name])}
         options = checked(options, "option of a task", _OPTIONS)
@@ -234,11 +233,11 @@ def missing(sweep: str | Path, path: str | Path | None = None) -> list[dict]:
 
 
 def make(
-    to_do: list[dict], path: str | Path, save: Callable | None = None, progress: bool = True, sources: Sources = corpora.TASKS
+    to_do: list[dict], path: str | Path, save: Callable | None = None, progress: bool = True, task: tasks.Task | None = None
 ) -> list[str]:
     """Make runs, each recorded in `path` as soon as it is done; a line for each that failed is returned.
 
-    `save` gives for a key the folder for what its run trains, or None.
+    `save` gives for a key the folder for what its run trains, or None; `task` is that of `run`.
     """
     failed = []
     for key in (bar := tqdm(to_do, unit="run", disable=not progress)):
@@ -246,7 +245,7 @@ def make(
         if key in [record["key"] for record in records.read(path)]:
             continue  # another process made it
         try:
-            append(path, run(key, save(key) if save else None, sources))
+            append(path, run(key, save(key) if save else None, task))
             shutil.rmtree(_search_folder(key), ignore_errors=True)
         except Exception as error:
             failed.append(f"{records.title(key)}: {type(error).__name__}: {error}")
