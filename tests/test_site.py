@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 
 import nbformat
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 from PIL import Image
 from pypdf import PdfReader
