@@ -28,11 +28,12 @@ MULTI = ("07_multi_label",)
 
 @pytest.fixture(scope="session")
 def short_encoder(tmp_path_factory):
-    """The encoder's lowest two blocks, which train in seconds."""
+    """The encoder's lowest two blocks, which train in seconds; without dropout, so that two ways to train can be compared."""
     from transformers import AutoModel, AutoTokenizer
 
     whole, folder = base_models.fetch(base_models.ENCODER), tmp_path_factory.mktemp("short") / "encoder"
-    AutoModel.from_pretrained(whole, num_hidden_layers=2).save_pretrained(folder)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    AutoModel.from_pretrained(whole, num_hidden_layers=2, **no_dropout).save_pretrained(folder)
     AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
     return folder
 
@@ -151,11 +152,13 @@ def parameters_of(chapter):
     if chapter.startswith("01"):
         return {}
     if chapter == ENCODER:
-        return {"MAX_TOKENS": 32, "MORE": None, "LEARNING_RATE": 1e-3}
+        return {"MAX_TOKENS": 32, "MORE": None, "RATES": [1e-3], "EPOCHS": 8, "TEST": 0.2}
     if chapter.startswith("05"):
         return {"MAX_TOKENS": 32, "RATES": [2e-3], "TEST": 0.4}
-    one_rate = {"RATES": [2e-3], "EPOCHS": 15, "TEST": 0.4} if chapter.startswith("04") else {}
-    return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", **one_rate}
+    given = {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about"}
+    if chapter.startswith("04"):
+        return given | {"RATES": [2e-3], "EPOCHS": 15, "TEST": 0.4}
+    return given | {"RATES": [1e-3], "EPOCHS": 4, "TEST": 0.25}
 
 
 def test_which_chapters_have_a_recipe():
@@ -165,7 +168,7 @@ def test_which_chapters_have_a_recipe():
 @every_recipe
 def test_recipe_is_short_plain_and_needs_no_helpers(chapter):
     cells = CHAPTERS[chapter]
-    assert 3 <= len(cells) <= 7
+    assert 3 <= len(cells) <= 8
     code = code_of(cells)
     assert "helpers" not in code
     assert ast.parse(code).body  # without IPython's magic
@@ -267,6 +270,7 @@ def test_recipe_of_a_student_learns_from_a_teachers_labels_and_is_not_tested_on_
     write_csv(tmp_path / "teacher.csv", [*more, rows[0], ("of something else", "unheard of")])
     write_csv(tmp_path / "post.csv", rows)
     given = {"TEXT": COLUMNS[0], "LABEL": COLUMNS[1], "OUT": "sorted letters", "NEW_TEXT": NEW, "MAX_TOKENS": 32}
+    given |= {"RATES": [1e-3], "TEST": 0.2}
     code = values_replaced(code_of(CHAPTERS[ENCODER]), DATA="post.csv", MORE="teacher.csv", EPOCHS=1, **given)
     first = run(tmp_path, "recipe.py", code, short_encoder)
     assert first[2] == f"{len(more)} texts more have a teacher's label"
@@ -340,6 +344,34 @@ def test_recipe_scores_each_label_as_one_pass_for_each_does(tiny_model, chat):
         expected.append(steps[range(len(steps)), ids[n:]].sum())
     scores = names["score_labels"]("The server is down", model)
     torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("chapter", [*DECODERS, ENCODER])
+def test_recipe_trains_the_same_when_small_batches_are_accumulated(
+    chapter, tiny_model, short_encoder, tmp_path, monkeypatch, capsys
+):
+    """Eight documents a step, at once and two by two: the loss of the two epochs is the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASE_MODEL", str(short_encoder if chapter == ENCODER else tiny_model))
+    write_csv(tmp_path / "post.csv", letters()[:36])  # 24 of them to train
+    given = {
+        "TEXT": COLUMNS[0],
+        "LABEL": COLUMNS[1],
+        "DATA": "post.csv",
+        "MAX_TOKENS": 32,
+        "EPOCHS": 2,
+        "TEST": 4,
+        "RATES": [1e-3],
+    }
+    cells = CHAPTERS[chapter]
+    training = next(place for place, cell in enumerate(cells) if "trainer.train()" in cell.source)
+    losses = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        more = {"MORE": None} if chapter == ENCODER else {}
+        code = values_replaced(code_of(cells[: training + 1]), BATCH=batch, ACCUMULATE=accumulate, **given, **more)
+        exec(code, {})
+        losses += [float(loss) for loss in re.findall(r"'train_loss': '([\d.]+)'", capsys.readouterr().out)]
+    assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 @pytest.mark.parametrize("chapter", ["04_embedding_head", "07_multi_label"])
