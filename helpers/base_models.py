@@ -113,7 +113,7 @@ def load_tokenizer(name: str = DEFAULT, pad_token: str | None = None) -> PreTrai
         vocabulary = tokenizer.get_vocab()
         spare = [token for token in _SPARE_TOKENS if token in vocabulary and token != tokenizer.eos_token]
         if not spare:
-            how = "Name one: pad_token=…, or give the folder of a copy whose tokenizer has one."
+            how = "Give the folder of a copy whose tokenizer has one, or in Python pad_token=…"
             raise BookError(f"The tokenizer of {name} has no token to pad with but its end of sequence. {how}")
         tokenizer.pad_token = spare[0]
     return tokenizer

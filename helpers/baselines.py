@@ -1,5 +1,6 @@
 """What any approach has to beat: majority class, TF-IDF + linear SVM, a probe on the frozen model, an encoder (chapter 01)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,10 @@ class TfidfSvm(_OneFile):
     def _fit(self, task: Task) -> None:
         svm = LinearSVC(C=self.C, random_state=0)
         lengths = {"word": (1, 2), "char_wb": (2, 5)}[self.analyzer]
-        features = TfidfVectorizer(analyzer=self.analyzer, ngram_range=lengths, sublinear_tf=True)
+        words = r"(?u)\b\w\w+\b"  # scikit-learn's own, which sees none in texts of emoji
+        if self.analyzer == "word" and not any(re.search(words, text) for text in task.train["text"]):
+            words = r"\S+"
+        features = TfidfVectorizer(analyzer=self.analyzer, ngram_range=lengths, sublinear_tf=True, token_pattern=words)
         self.model = make_pipeline(features, OneVsRestClassifier(svm) if task.multi_label else svm)
         self.model.fit(list(task.train["text"]), np.array(task.train["label"]))
         planes = len(self.labels) if task.multi_label else len(self.model[-1].coef_)

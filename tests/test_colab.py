@@ -59,7 +59,7 @@ def test_what_the_kernel_holds_is_not_replaced_and_the_rest_agrees(chapter):
     new = settled(installed(chapter))
     assert {"transformers", "peft", "trl", "bitsandbytes", "datasets", "gguf", "tokenizers"} <= new.keys()
     assert not HELD & new.keys()
-    assert ("onnx" in new) == ("ray" in new) == (chapter == "10_distil_and_serve")
+    assert ("onnx" in new) == (chapter == "10_distil_and_serve")
 
 
 def test_every_module_that_helpers_import_is_on_colab_afterwards():

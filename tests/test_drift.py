@@ -131,7 +131,6 @@ PROJECTS = {
     "torch": "torch",
     "pytorch": "torch",
     "onnxruntime": "onnxruntime",
-    "ray": "ray",
 }
 NAMED = re.compile(rf"\b({'|'.join(PROJECTS)})`? v?(\d+(?:\.\d+)*)\b(?! ?(?:%|MB|GB|kB|x|times|s\b|to\b))", re.I)
 

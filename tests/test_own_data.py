@@ -6,10 +6,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet
 import pytest
+from datasets import Dataset
 
+from helpers.baselines import TfidfSvm
 from helpers.errors import BookError
-from helpers.lab import own_data
+from helpers.lab import own_data, search
+from helpers.lab.compare import METHODS
 from helpers.lab.own_data import read
+from helpers.tasks import Task
 
 NOUNS = "goal market robot player bank virus team price laptop vote match trade phone coach stock worm league chip law"
 LABELS = ("sport", "business", "technology")
@@ -421,3 +425,19 @@ def test_report_counts(write, tiny_model):
     told = read(write(as_csv([(f"{content} {label.upper()}", label) for content, label in rows()])), "text", "label")
     told = own_data.report(told, base_models.load_tokenizer(tiny_model), 8)["value"]
     assert told["with the name of their label in them"] == "100% of the documents"
+
+
+@pytest.mark.parametrize("script", SENTENCES)
+def test_the_word_counts_that_are_compared_tell_labels_apart_in_every_script(script, tmp_path):
+    """Words alone would not: Chinese has no spaces, and the usual pattern takes Hindi's vowel signs and emoji for punctuation."""
+    halves = {"first": THINGS[script][:4], "second": THINGS[script][4:]}
+    rows = [(SENTENCES[script].format(f"{a} {b}"), label) for label, of in halves.items() for a in of for b in of if a != b]
+    parts = {"train": rows[0::2], "validation": rows[1::4], "test": rows[3::4]}
+    splits = {
+        name: Dataset.from_dict({"text": [text for text, _ in part], "label": [int(label == "second") for _, label in part]})
+        for name, part in parts.items()
+    }
+    task = Task(script, ("first", "second"), **splits)
+    found, _ = search.search(TfidfSvm, METHODS["TfidfSvm"][1], task, tmp_path)
+    said = found.predict(task.test)
+    assert (said.predicted == said.gold).all()

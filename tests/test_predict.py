@@ -305,6 +305,96 @@ def test_no_approach_and_no_file_and_parquet_to_a_terminal(saved, tmp_path):
         command(saved("tfidf"), "-", "--out", tmp_path / "out.jsonl")
 
 
+# Folders
+
+
+def begun(model, folder, out):
+    """Another process that does so."""
+    command = [sys.executable, "-m", "helpers.predict", str(model), str(folder), "--out", str(out)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three files, of which each has 1,000 rows."""
+    (tmp_path / "documents").mkdir()
+    for number, suffix in enumerate((".csv", ".parquet", ".parquet")):
+        write(many(3000)[1000 * number : 1000 * number + 1000], tmp_path / "documents" / f"{number}{suffix}")
+    return tmp_path / "documents"
+
+
+def of_folder(folder):
+    return pd.concat([read(path) for path in sorted(folder.iterdir())], ignore_index=True)
+
+
+def test_all_files_of_a_folder_but_those_that_are_done_and_a_refused_file_stops_no_other(folder, saved, tmp_path, capsys):
+    out = tmp_path / "labelled"
+    (folder / "notes.txt").write_text("no table")
+    out.mkdir()
+    (out / "0.csv").write_text("done")
+    command(saved("tfidf"), folder, "--out", out)
+    assert capsys.readouterr().out == f"2 files with 2,000 rows were labelled. They are in {out}.\n"
+    assert (out / "0.csv").read_text() == "done" and sorted(os.listdir(out)) == ["0.csv", "1.parquet", "2.parquet"]
+    (out / "0.csv").unlink()
+    (out / "2.parquet").unlink()
+    (folder / "0.csv").write_text("body\nx\n")
+    with pytest.raises(SystemExit, match=r"0.csv: There is no column 'text'.* \(1 of 3 files; the others are in") as caught:
+        command(saved("tfidf"), folder, "--out", out)
+    assert "\n" not in str(caught.value) and sorted(os.listdir(out)) == ["1.parquet", "2.parquet"]
+    (folder / "1.parquet").write_bytes(b"\0" * 100)
+    (folder / "0.csv").unlink()
+    command(saved("tfidf"), folder, "--out", out)  # done is done
+    assert capsys.readouterr().out.startswith("0 files with 0 rows")
+
+
+def test_processes_share_a_folder_and_one_that_is_killed_loses_and_doubles_nothing(folder, saved, tmp_path):
+    out = tmp_path / "labelled"
+    first, deadline = begun(saved("head"), folder, out), time.time() + 300
+    while not (out / "0.csv.part").exists() and first.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # in the middle of a file, which it has locked
+    second = begun(saved("head"), folder, out)
+    while not (out / "1.parquet").exists() and second.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    assert not (out / "0.csv").exists()
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL and second.wait() == 0
+    assert sorted(os.listdir(out)) == ["0.csv", "1.parquet", "2.parquet"]
+    got = of_folder(out)
+    assert got["id"].tolist() == many(3000)["id"].tolist()
+    want = Approach.load(saved("head")).predict_proba(got["text"].tolist())
+    assert np.allclose(got["probability"].astype(float), want.max(axis=1), atol=1e-4)
+
+
+def test_a_file_that_another_process_writes_is_left_to_it(folder, saved, tmp_path):
+    out = tmp_path / "labelled"
+    out.mkdir()
+    with FileLock(f"{out / '1.parquet'}.lock"):
+        command(saved("tfidf"), folder, "--out", out)
+        assert sorted(path.name for path in out.glob("*[a-z]") if path.suffix != ".lock") == ["0.csv", "2.parquet"]
+    command(saved("tfidf"), folder, "--out", out)
+    assert sorted(os.listdir(out)) == ["0.csv", "1.parquet", "2.parquet"]
+
+
+def test_folders_that_cannot_be_labelled_in_one_line(folder, saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments, said in (
+        ((tmp_path / "empty", "--out", tmp_path / "out"), "There are no files in .* that end in .csv, .tsv"),
+        ((folder,), "is a folder: give another one as --out"),
+        ((folder, "--out", folder / "0.csv"), "is a folder: give another one as --out"),
+    ):
+        with pytest.raises(SystemExit, match=said) as caught:
+            command(saved("tfidf"), *arguments)
+        assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_too_long_is_named_with_its_file(folder, saved, tmp_path):
+    write(pd.DataFrame({"text": ["a robot " * (30_000 if row == 5 else 1) for row in range(8)]}), folder / "3.parquet")
+    with pytest.raises(SystemExit, match=r"^3.parquet: Text 5 has .* \(1 of 4 files; the others are in"):
+        command(saved("head"), folder, "--out", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("[0-2].*[a-z]"))) == 3
+
+
 def test_the_command_has_a_door_and_examples(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["predict", "--help"])
     with pytest.raises(SystemExit, match="0"):

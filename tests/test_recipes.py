@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 
 import nbformat
 import pytest
@@ -438,3 +439,75 @@ def test_a_sequence_begins_once_whether_the_tokenizer_or_the_template_writes_it(
         tokenizer.backend_tokenizer.post_processor = processor
     ids = tokenizer(names["prompt_of"]("The server is down")).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+
+
+READ = {"01_task_and_baselines": 2, "04_embedding_head": 3, "05_instruction_tuning": 3}  # cells until the rows are read
+
+
+def read_by_recipe(chapter, path):
+    """What a recipe's names are when its cell that reads the file has run."""
+    given = {"TEXT": COLUMNS[0], "LABEL": COLUMNS[1], **parameters_of(chapter)}
+    names = {}
+    exec(values_replaced(code_of(CHAPTERS[chapter][: READ[chapter]]), DATA=str(path), **given), names)
+    return names
+
+
+@pytest.mark.parametrize("case", ["a comma in every text", "a comma in the first", "a comma behind every row"])
+@pytest.mark.parametrize("chapter", READ)
+def test_recipe_does_not_take_a_field_of_the_texts_for_row_names(chapter, case, tmp_path, tiny_model, monkeypatch):
+    """pandas would read half of each text, or the texts as labels, without a word."""
+    monkeypatch.setenv("BASE_MODEL", tiny_model)
+    rows = [(f"day {n}, the {word}", label) for label in WORDS for n, word in enumerate(WORDS[label])]
+    if case == "a comma behind every row":
+        lines = [f"{text.replace(',', '')},{label}," for text, label in rows]
+    else:
+        quoted = [bool(n) and case == "a comma in the first" for n in range(len(rows))]
+        lines = [f'"{text}",{label}' if q else f"{text},{label}" for q, (text, label) in zip(quoted, rows, strict=True)]
+    (tmp_path / "rows.csv").write_text("\n".join([",".join(COLUMNS), *lines]))
+    with pytest.raises(AssertionError, match="quote texts with commas"):
+        read_by_recipe(chapter, tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize("chapter", READ)
+def test_recipe_takes_composed_and_decomposed_letters_for_the_same(chapter, tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setenv("BASE_MODEL", tiny_model)
+    labels = {label: f"Caf\u00e9 {label}" for label in WORDS}
+    rows = [(f"Zo\u00eb: {text}", labels[label]) for text, label in letters()]
+    both = [tuple(unicodedata.normalize("NFD" if n % 2 else "NFC", each) for each in row) for n, row in enumerate(rows)]
+    copies = [(unicodedata.normalize("NFD", text), label) for text, label in rows[:4:2]]
+    write_csv(tmp_path / "rows.csv", both + copies)
+    documents = read_by_recipe(chapter, tmp_path / "rows.csv")["documents"]
+    assert set(documents[COLUMNS[1]]) == set(labels.values()) and len(documents) == len(rows)
+
+
+@pytest.mark.parametrize("chapter", ["04_embedding_head", "05_instruction_tuning"])
+def test_recipe_refuses_a_base_whose_layers_it_would_leave_out(chapter, tmp_path, tiny_model, monkeypatch):
+    """Phi-3 joins q, k and v, and gate and up: of seven names PEFT would find two, and say nothing."""
+    from transformers import AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    Phi3ForCausalLM(Phi3Config(**size, vocab_size=len(tokenizer), pad_token_id=0)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("BASE_MODEL", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    write_csv(tmp_path / "rows.csv", letters())
+    names = read_by_recipe(chapter, tmp_path / "rows.csv")
+    with pytest.raises(AssertionError, match="name this base's linear layers"):
+        exec(CHAPTERS[chapter][3].source, names)
+
+
+def test_recipe_refuses_a_tokenizer_that_closes_every_text(tmp_path, tiny_model):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    number = tokenizer.pad_token_id
+    closing = TemplateProcessing(single=f"$A {tokenizer.pad_token}", special_tokens=[(tokenizer.pad_token, number)])
+    tokenizer.backend_tokenizer.post_processor = closing
+    tokenizer.save_pretrained(tmp_path)
+    names = {}
+    for cell in CHAPTERS["05_instruction_tuning"][:2]:
+        exec(cell.source, names)
+    with pytest.raises(AssertionError, match="it closes every text"):
+        names["load_tokenizer"](tmp_path)

@@ -114,7 +114,8 @@ def test_documents_are_cut_as_in_training_and_the_suffix_is_kept(exported, train
 
 def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trained, tmp_path):
     lines = [json.dumps({"text": text}) for text in TEXTS] + ["{", '{"body": "a"}', '{"text": " "}', "3"]
-    lines += ['{"text": "cut \\ud83d"}', json.dumps({"text": "stock"})]  # half an emoji; the next one is answered
+    lines += ['{"text": "cut \\ud83d"}', '{"text": "caf\udce9"}']  # half an emoji, and a byte of latin-1
+    lines.append(json.dumps({"text": "stock"}))  # is answered
     blocked = tmp_path / "blocked"
     for name in ("torch", "helpers", "transformers"):
         (blocked / name).mkdir(parents=True)
@@ -124,13 +125,15 @@ def test_the_script_answers_line_by_line_without_torch_or_helpers(exported, trai
         input="\n".join(lines) + "\n",
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         cwd=tmp_path,
         env=ALONE | {"PYTHONPATH": str(blocked), "PYTHONIOENCODING": "cp1252"},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert said.pop()["label"] == said[3]["label"] and said.pop() == {"error": "the text has half a character"}
+    assert said.pop()["label"] == said[3]["label"]
+    assert said.pop() == said.pop() == {"error": "the text has half a character"}
     want = expected(exported[0], trained, TEXTS)
     assert [each["label"] for each in said[: len(TEXTS)]] == [trained.labels[row.argmax()] for row in want]
     assert np.allclose([list(each["probabilities"].values()) for each in said[: len(TEXTS)]], want, atol=1e-3)
@@ -197,12 +200,15 @@ def test_two_processes_have_the_losses_of_one(documents, tiny_model, tmp_path):
         (1, "text,label\na,b\n\nc,\n", "line 4: text or label is empty"),
         (1, "text,label\na, and more,b\n", "line 2: more or fewer fields than the header has"),
         (1, "text,label\na\n", "line 2: more or fewer fields than the header has"),
+        (1, "text,label\ncaf\udce9,b\n", "documents.csv cannot be read as UTF-8"),
+        (1, None, "cannot be read as UTF-8 ([Errno 2] No such file"),
     ],
 )
 def test_a_batch_that_cannot_be_shared_and_a_file_without_labels_are_refused(
     processes, content, message, tmp_path, monkeypatch, capsys
 ):
-    (tmp_path / "documents.csv").write_text(content)
+    if content is not None:
+        (tmp_path / "documents.csv").write_text(content, encoding="utf-8", errors="surrogateescape")
     monkeypatch.setattr("accelerate.PartialState", lambda cpu: SimpleNamespace(num_processes=processes))
     given = ["train.py", str(tmp_path / "documents.csv"), "--base", "none", "--out", str(tmp_path / "out"), "--batch-size", "3"]
     monkeypatch.setattr(sys, "argv", given)
@@ -212,7 +218,7 @@ def test_a_batch_that_cannot_be_shared_and_a_file_without_labels_are_refused(
 
 
 def test_a_path_is_no_pattern_and_a_label_is_read_as_it_stands(tiny_model, tmp_path):
-    rows = [f"the goal of {n},{label}" for n, label in enumerate(["NA", "None", "1", "2.0"] * 2)]
+    rows = [f"the goal of {n},{label}" for n, label in enumerate(["NA", "None", "1", "Caf\u00e9", "Cafe\u0301"] * 2)]
     (tmp_path / "tickets 2.csv").write_text("text,label\nanother,file\n")
     (tmp_path / "tickets [2024].csv").write_text("\n".join(["text,label", *rows]))
     training = begun(1, tmp_path / "tickets [2024].csv", tiny_model, tmp_path / "out", "--epochs", "1", "--batch-size", "4")

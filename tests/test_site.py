@@ -33,7 +33,6 @@ HOSTS = {
     "attack.mitre.org",
     "colab.research.google.com",
     "creativecommons.org",
-    "docs.ray.io",
     "github.com",
     "huggingface.co",
     "onnxruntime.ai",

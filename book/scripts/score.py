@@ -105,8 +105,9 @@ if __name__ == "__main__":
             "Give the folder of an exported classifier: "
             "python score.py folder < documents.jsonl"
         )
-    for stream in (sys.stdin, sys.stdout):  # whatever the system's locale is
-        stream.reconfigure(encoding="utf-8")
+    # whatever the system's locale is; what is no UTF-8 becomes half characters
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdout.reconfigure(encoding="utf-8")
     scorer = Scorer(sys.argv[1])
     for line in sys.stdin:
         print(json.dumps(answer(scorer, line), ensure_ascii=False), flush=True)

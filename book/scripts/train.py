@@ -9,8 +9,10 @@ it stands. Only transformers, peft, datasets and torch are needed.
 
 import argparse
 import csv
+import io
 import json
 import logging
+import unicodedata
 
 # A notice about an optional package, when the imports below bring it in on
 # some CPUs.
@@ -74,14 +76,18 @@ if given.batch_size % state.num_processes:
     )
 
 set_seed(0)
-with open(given.documents, encoding="utf-8-sig", newline="") as file:
-    reader = csv.DictReader(file)
-    if missing := {"text", "label"} - set(reader.fieldnames or []):
-        parser.error(
-            f"{given.documents} has no column {sorted(missing)[0]!r}, only "
-            f"{', '.join(reader.fieldnames or [])}."
-        )
-    rows = [(reader.line_num, row) for row in reader]
+try:
+    with open(given.documents, encoding="utf-8-sig", newline="") as file:
+        content = unicodedata.normalize("NFC", file.read())  # é has two forms
+except (OSError, UnicodeDecodeError) as error:
+    parser.error(f"{given.documents} cannot be read as UTF-8 ({error}).")
+reader = csv.DictReader(io.StringIO(content, newline=""))
+if missing := {"text", "label"} - set(reader.fieldnames or []):
+    parser.error(
+        f"{given.documents} has no column {sorted(missing)[0]!r}, only "
+        f"{', '.join(reader.fieldnames or [])}."
+    )
+rows = [(reader.line_num, row) for row in reader]
 for line, row in rows:
     if None in row or None in row.values():
         parser.error(

@@ -5,7 +5,7 @@ import contextlib
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -146,19 +146,61 @@ def predict(approach: Approach, file: File, out: Path, progress: bool = True) ->
     return probabilities
 
 
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Nobody else writes `out` while the block runs. Timeout: somebody does."""
+    with FileLock(lock := Path(f"{out}.lock"), timeout=0):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def predict_folder(approach: Approach, folder: Path, out: Path, open_file: Callable[[Path], File]) -> tuple[int, int]:
+    """Do to all files of a folder what `predict` does, into the folder `out`; returns how many files and rows it was.
+
+    What is in `out` is left alone. Several processes share the work: each takes files that no other one is writing, and those
+    of a process that was killed, where that one was. BookError, when all others are done: a file that cannot be labelled.
+    """
+    refused, busy, n_rows = {}, None, []
+    files = sorted(each for each in folder.iterdir() if each.suffix.lower() in tables.SUFFIXES)
+    if not files:
+        raise BookError(f"There are no files in {folder} that end in {', '.join(tables.SUFFIXES)}.")
+    out.mkdir(parents=True, exist_ok=True)
+    while (to_do := [each for each in files if each not in refused and not (out / each.name).exists()]) and to_do != busy:
+        busy = []
+        for path in to_do:
+            try:
+                with locked(out / path.name):
+                    if not (out / path.name).exists():  # else another process has just done it
+                        n_rows.append(len(predict(approach, open_file(path), out / path.name)))
+            except Timeout:
+                busy.append(path)
+            except BookError as error:
+                refused[path] = str(error)
+    for path, why in refused.items():
+        where = "" if path.name in why else f"{path.name}: "
+        raise BookError(f"{where}{why} ({len(refused)} of {len(files)} files; the others are in {out}.)")
+    return len(n_rows), sum(n_rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Label the texts of a file with a saved approach: the same file comes out, with the columns `predicted` and `probability`.
 
     Stop it whenever you like: it goes on where it was. Several labels are joined by `;`, and each has a column with its
-    probability.
+    probability. Of a folder all files are labelled; start the command twice, and two processes share them.
     """
     examples = Path(__file__).with_name("predict_examples.txt").read_text(encoding="utf-8")
     options = {"epilog": examples, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser("python -m helpers.predict", description=main.__doc__, **options)
     add = parser.add_argument
     add("model", type=Path, help="the folder of a saved approach, such as tickets-compared/head")
-    add("file", help="a .csv, .tsv, .jsonl or .parquet file with a row for each text, or - for standard input")
-    add("--out", type=Path, help="the file to write, with the same ending (default: standard output, except for Parquet)")
+    add("file", help="a .csv, .tsv, .jsonl or .parquet file with a row for each text, a folder of them, or - for standard input")
+    add(
+        "--out",
+        type=Path,
+        help="the file to write, with the same ending, or the folder (default: standard output, except for Parquet)",
+    )
     add("--text", nargs="+", help="the column with the texts, or several to be joined (default: as in training, else text)")
     add("--encoding", help="of a text file, such as cp1252 (default: found out)")
     add("--format", choices=("jsonl", "csv", "tsv"), default="jsonl", help="of standard input (default: %(default)s)")
@@ -169,17 +211,26 @@ def main(arguments: list[str] | None = None) -> None:
         stream, out = given.file == "-", given.out and given.out.expanduser()
         approach = Approach.load(given.model)
         columns, path = given.text or approach.use.get("text", ["text"]), Path(f"lines.{given.format}" if stream else given.file)
-        file = File(path.expanduser(), columns, given.encoding, sys.stdin if stream else None)
-        print(*(f"warning: {line}\n" for line in file.warnings), sep="", end="", file=sys.stderr)
+
+        def opened(path: Path) -> File:
+            file = File(path.expanduser(), columns, given.encoding, sys.stdin if stream else None)
+            print(*(f"warning: {line}\n" for line in file.warnings), sep="", end="", file=sys.stderr)
+            return file
+
+        if path.expanduser().is_dir():
+            if not out or out.is_file():
+                raise BookError(f"{path} is a folder: give another one as --out.")
+            n_files, n_rows = predict_folder(approach, path.expanduser(), out, opened)
+            print(f"{n_files:,} files with {n_rows:,} rows were labelled. They are in {out}.")
+            return
+        file = opened(path)
         if out is None or stream:
             if out or file.parquet:
                 raise BookError("Standard input goes to standard output: leave out --out." if out else "Parquet needs an --out.")
             batches = ((batch, probabilities_of(approach, batch[0], columns)) for batch in file.batches())
             file.write(sys.stdout, ((batch, added(approach, found)) for batch, found in batches))
             return
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(FileLock(lock := Path(f"{out}.lock"), timeout=0))
-            stack.callback(lock.unlink, missing_ok=True)
+        with locked(out):
             without = np.isnan(predict(approach, file, out)[:, 0])
         print(f"{len(without):,} rows are in {out}, {without.sum():,} of them without a text and so without a label.")
     except Timeout:
