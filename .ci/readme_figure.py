@@ -39,7 +39,7 @@ def scores() -> pd.DataFrame:
     for record in records.read(ROOT / "book" / "results" / "fair.jsonl"):
         key = record["key"]
         task = TASKS.get((key["task"], key["options"]["per_class"]))
-        if task and record["name"] in SHOWN and key["profile"] == "quick":
+        if task and record["name"] in SHOWN and key["profile"] == "quick" and key["seed"] < 3:  # three that all have
             rows.append((task, record["name"], key["seed"], 100 * record["metrics"]["macro_f1"]))
     return pd.DataFrame(rows, columns=["task", "approach", "seed", "macro_f1"])
 

@@ -46,7 +46,12 @@ def records():
         key = record["key"]
         place = SETTINGS[key["task"], key["options"]["per_class"]], SHORT.get(record["name"], record["name"])
         found.setdefault(place, []).append(record)
-    return {place: made for place, made in found.items() if len(made) >= 3}
+    found = {place: made for place, made in found.items() if len(made) >= 3}
+    four = {name for sides in COMPARED.values() for name in sides}
+    for (setting, name), made in found.items():  # a seed counts when all of these have it
+        if name in four:
+            del made[min(len(others) for (its, other), others in found.items() if its == setting and other in four) :]
+    return found
 
 
 def said(record):
