@@ -145,6 +145,7 @@ RECORDED = {  # difference, low, high, in 0..1
     (MORE, RANDOM, START): (0.027, 0.007, 0.048),
     (MORE, MINILM, NAMED): (0.011, -0.017, 0.039),
     (MORE, MINILM, INSTRUCTED): (0.029, -0.013, 0.071),
+    (FEW, MINILM, NAMED): (0.049, 0.008, 0.089),
 }
 ALONE = {  # by a t-test over the seeds: whether zero is excluded
     (MORE, NAMED, RANDOM): True,
@@ -154,6 +155,7 @@ ALONE = {  # by a t-test over the seeds: whether zero is excluded
     (FEW, NAMED, INSTRUCTED): False,
     (FEW, BARE, RANDOM): False,
     (MORE, RANDOM, START): True,
+    (FEW, MINILM, NAMED): False,
 }
 ORDER = {FEW: (RANDOM, PROBE, INSTRUCTED, BARE, NAMED, MINILM), MORE: (PROBE, RANDOM, NAMED)}  # in every seed, the best last
 
