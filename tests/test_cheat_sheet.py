@@ -37,7 +37,7 @@ def trained(approach, given, tiny_model):
 def test_the_heads_code_learns_and_answers(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     documents = [(f"one {word} and {word}", label) for label, words in WORDS.items() for word in words]
-    texts, golds = [text for text, _ in documents], [label for _, label in documents]
+    texts, golds = [text for text, _ in 5 * documents], [label for _, label in 5 * documents]
     made = trained(HEAD, {"texts": texts, "golds": golds, "labels": list(WORDS), "new_texts": texts}, tiny_model)
     assert made["model"].score.weight.dtype == made["torch"].float32
     assert np.mean([said == gold for said, gold in zip(made["said"], golds, strict=True)]) > 1.5 / len(WORDS)

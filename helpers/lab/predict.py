@@ -162,20 +162,20 @@ def predict_folder(approach: Approach, folder: Path, out: Path, open_file: Calla
     What is in `out` is left alone. Several processes share the work: each takes files that no other one is writing, and those
     of a process that was killed, where that one was. BookError, when all others are done: a file that cannot be labelled.
     """
-    refused, busy, n_rows = {}, None, []
+    refused, before, n_rows = {}, None, []
     files = sorted(each for each in folder.iterdir() if each.suffix.lower() in tables.SUFFIXES)
     if not files:
         raise BookError(f"There are no files in {folder} that end in {', '.join(tables.SUFFIXES)}.")
     out.mkdir(parents=True, exist_ok=True)
-    while (to_do := [each for each in files if each not in refused and not (out / each.name).exists()]) and to_do != busy:
-        busy = []
+    while (to_do := [each for each in files if each not in refused and not (out / each.name).exists()]) and to_do != before:
+        before = to_do  # files that others were writing are tried once more, for a process may have been killed
         for path in to_do:
             try:
                 with locked(out / path.name):
                     if not (out / path.name).exists():  # else another process has just done it
                         n_rows.append(len(predict(approach, open_file(path), out / path.name)))
             except Timeout:
-                busy.append(path)
+                continue
             except BookError as error:
                 refused[path] = str(error)
     for path, why in refused.items():
