@@ -671,7 +671,7 @@ def test_my_setting_shows_what_is_recorded_nearest_and_how_far_it_is(explorer, r
         give(explorer, setting["labels"], setting["per_class"], setting["words"])
         assert "recorded in this setting" not in place.locator(":scope > div > div").first.inner_text()
         place.locator("details.other summary").first.click()
-        assert "recorded in this setting" in place.locator("details.other").first.inner_text()
+        place.locator("details.other").first.get_by_text("recorded in this setting").first.wait_for()  # filled once it is open
     give(explorer, 2000, 3, 9000)
     assert says.get_attribute("data-far") == "very far" and "measure on your own" in says.inner_text()
     apart = place.locator("table.distance").first.locator("tbody tr td:last-child").all_inner_texts()
