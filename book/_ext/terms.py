@@ -6,6 +6,7 @@ link. Terms may begin with a capital and end in s. Outputs of cells, code,
 headings and lists of references are left alone.
 """
 
+import functools
 import re
 
 from docutils import nodes
@@ -49,6 +50,13 @@ def pattern(names: list[str]) -> re.Pattern:
         parts.append(rf"{first}{rest}".replace(r"\ ", r"\s+"))
     # "tries" is a verb
     return re.compile(rf"(?<![\w-])({'|'.join(parts)})(?:(?<!trie)s)?(?![\w-])")
+
+
+@functools.lru_cache(maxsize=1)
+def glossary(env) -> tuple[dict[str, str], re.Pattern]:
+    """`entries` and their `pattern`: the same for every page of a build."""
+    names = entries(env)
+    return names, pattern(list(names))
 
 
 def name_of(text: str, names: dict[str, str]) -> str:
@@ -101,8 +109,7 @@ def link_terms(app, document: nodes.document, page: str) -> None:
         return
     if page == GLOSSARY or page.endswith(NOT_HERE):
         return
-    names = entries(app.env)
-    finds = pattern(list(names))
+    names, finds = glossary(app.env)
     address = app.builder.get_relative_uri(page, GLOSSARY)
     linked = document.findall(nodes.reference)
     done = {  # by hand, with the role
