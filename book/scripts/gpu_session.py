@@ -475,7 +475,7 @@ def pack(folder: Path, out: Path, limit: int) -> None:
         info.size, info.mode = len(data), 0o755
         tar.addfile(info, io.BytesIO(data))
 
-    with tarfile.open(fileobj=packed, mode="w:xz", preset=2) as tar:
+    with tarfile.open(fileobj=packed, mode="w:xz", preset=6) as tar:
         for name in filter(None, listed):
             if "/results/" not in name or not name.endswith(".jsonl"):
                 add(tar, f"code/{name}", (root / name).read_bytes())
