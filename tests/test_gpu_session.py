@@ -155,3 +155,8 @@ def test_parts_unpack_and_go_on_where_the_records_end(tmp_path, monkeypatch):
     assert json.loads((there / "begun.jsonl").read_text()) == {"begun": "before"}
     assert [json.loads(line)["stage"] for line in (there / "session.jsonl").read_text().splitlines()] == [*gpu_session.SHARES]
     assert (home / "records" / "session.jsonl").read_text() == (there / "session.jsonl").read_text()
+
+
+def test_what_the_wheels_need_comes_along_except_for_what_an_image_with_pytorch_has():
+    names = {each.partition("==")[0] for each in gpu_session.wheels_needed()}
+    assert {"transformers", "huggingface-hub", "httpx2", "httpcore2"} <= names and not names & gpu_session.PRESENT
