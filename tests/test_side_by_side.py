@@ -133,29 +133,30 @@ def test_every_search_ended_inside_its_grid():
 NAMED, BARE, RANDOM, START = "instruction, labels named", "instruction, bare", "head, random start", "head, probe start"
 MINILM, PROBE, INSTRUCTED = "MiniLM, fine-tuned", "frozen probe", "head, instruction read"
 RECORDED = {  # difference, low, high, in 0..1
-    (FEW, NAMED, RANDOM): (0.092, 0.028, 0.145),
+    (FEW, NAMED, RANDOM): (0.078, 0.033, 0.122),
     (MORE, NAMED, RANDOM): (0.074, 0.042, 0.105),
     (MORE, INSTRUCTED, RANDOM): (0.056, 0.032, 0.081),
     (MORE, NAMED, BARE): (0.064, 0.041, 0.088),
     (MORE, NAMED, INSTRUCTED): (0.018, -0.010, 0.046),
     (MORE, BARE, RANDOM): (0.010, -0.026, 0.041),
-    (FEW, NAMED, INSTRUCTED): (0.048, 0.008, 0.086),
-    (FEW, BARE, RANDOM): (0.063, 0.023, 0.098),
-    (FEW, INSTRUCTED, PROBE): (0.017, -0.015, 0.048),
+    (FEW, NAMED, INSTRUCTED): (0.052, 0.023, 0.081),
+    (FEW, BARE, RANDOM): (0.051, 0.020, 0.082),
+    (FEW, INSTRUCTED, RANDOM): (0.026, -0.007, 0.058),
     (MORE, RANDOM, START): (0.027, 0.007, 0.048),
     (MORE, MINILM, NAMED): (0.011, -0.017, 0.039),
     (MORE, MINILM, INSTRUCTED): (0.029, -0.013, 0.071),
-    (FEW, MINILM, NAMED): (0.049, 0.008, 0.089),
+    (FEW, MINILM, NAMED): (0.049, 0.023, 0.074),
 }
 ALONE = {  # by a t-test over the seeds: whether zero is excluded
     (MORE, NAMED, RANDOM): True,
-    (FEW, NAMED, RANDOM): False,
+    (FEW, NAMED, RANDOM): True,
     (MORE, INSTRUCTED, RANDOM): True,
     (MORE, NAMED, BARE): True,
-    (FEW, NAMED, INSTRUCTED): False,
-    (FEW, BARE, RANDOM): False,
+    (FEW, NAMED, INSTRUCTED): True,
+    (FEW, BARE, RANDOM): True,
     (MORE, RANDOM, START): True,
-    (FEW, MINILM, NAMED): False,
+    (FEW, INSTRUCTED, PROBE): False,
+    (FEW, MINILM, NAMED): True,
 }
 ORDER = {FEW: (RANDOM, PROBE, INSTRUCTED, BARE, NAMED, MINILM), MORE: (PROBE, RANDOM, NAMED)}  # in every seed, the best last
 
@@ -178,11 +179,16 @@ def test_the_verdict_fails_when_the_records_say_otherwise(changed):
         values = found.get((place, one, other[1]), (0.03, 0.01, 0.05))  # a figure in a sentence that another check holds
         return dict(zip(("difference", "low", "high"), values, strict=True), p_value=0.001)
 
+    def differences(place, one, other):
+        steps = order[place].index(one) - order[place].index(other)
+        either = (place, {one, other}) == (FEW, {PROBE, RANDOM}) and changed != FEW  # one seed this way, one that
+        return np.array([steps, -steps] if either else [steps])
+
     names = {
         "over_seeds": over_seeds,
         "pair": lambda place, one, other: ((place, one), (place, other)),
         "t_interval": lambda *which: (1.0, 9.0) if alone[which] else (-3.0, 20.0),
-        "differences": lambda place, one, other: np.array([order[place].index(one) - order[place].index(other)]),
+        "differences": differences,
         **{"NAMED": NAMED, "BARE": BARE, "RANDOM": RANDOM, "START": START, "INSTRUCTED": INSTRUCTED},
         "glue": lambda *_: None,
     }
