@@ -48,9 +48,11 @@ def records():
         found.setdefault(place, []).append(record)
     found = {place: made for place, made in found.items() if len(made) >= 3}
     four = {name for sides in COMPARED.values() for name in sides}
-    for (setting, name), made in found.items():  # a seed counts when all of these have it
-        if name in four:
-            del made[min(len(others) for (its, other), others in found.items() if its == setting and other in four) :]
+    for setting in SETTINGS.values():  # a seed counts when all of these have it
+        n_seeds = [len(made) for (its, name), made in found.items() if its == setting and name in four]
+        for (its, _), made in found.items():
+            if its == setting and n_seeds:
+                del made[min(n_seeds) :]
     return found
 
 
