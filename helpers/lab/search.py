@@ -23,7 +23,6 @@ BEYOND = 3  # so many values at most are tried outside of a grid whose best one 
 # settings that the lower layers' states, or a probe's embeddings, depend on
 _OF_LOWER = ("base_model", "n_layers", "precision", "causal", "pooling", "layer", "quantized")
 VALIDATIONS = 4  # at most in one training
-FEW = 100  # validation documents; with fewer, one document is more than a point of accuracy
 
 
 def on_validation(approach: Approach, documents: Dataset) -> dict[str, float]:
@@ -137,39 +136,26 @@ def _to_try(grid: dict[str, list], tried: list[dict]) -> Iterator[dict]:
     for chosen in ParameterGrid(grid):
         if chosen not in [row["settings"] for row in tried]:
             yield chosen
-    while beyond := next(iter(at_edge(grid, tried).values()), None):
+    while beyond := beyond_edge(grid, tried):
         yield beyond
 
 
-def at_edge(grid: dict[str, list], tried: list[dict], beyond: int = BEYOND) -> dict[str, dict]:
-    """For each setting whose best value is the least or greatest one tried, the configuration to try next.
+def beyond_edge(grid: dict[str, list], tried: list[dict]) -> dict | None:
+    """The configuration to try next, where the best value of a setting is the least or greatest one tried; else None.
 
-    Only numbers above zero have edges. Nothing is said of one value, or once `beyond` values outside of the grid were tried.
+    Only numbers above zero have edges. None too for one value, or once `BEYOND` values outside of the grid were tried.
     """
     best = max(tried, key=rank)["settings"]
-    found = {}
     for name, values in grid.items():
         others = {other: value for other, value in best.items() if other != name}
         values_tried = [row["settings"][name] for row in tried if row["settings"].items() >= others.items()]
         numbers = all(type(value) in (int, float) and value > 0 for value in values)
-        if not numbers or not 2 <= len(values_tried) < len(values) + beyond:
+        if not numbers or not 2 <= len(values_tried) < len(values) + BEYOND:
             continue
         ordered = sorted(values_tried)
         outside = {ordered[0]: ordered[0] ** 2 / ordered[1], ordered[-1]: ordered[-1] ** 2 / ordered[-2]}
         if best[name] in outside:
             value = type(values[0])(float(f"{outside[best[name]]:.3g}"))  # whole numbers stay whole
             if value and value not in values_tried:
-                found[name] = best | {name: value}
-    return found
-
-
-def warnings(task: Task, grid: dict[str, list], tried: list[dict]) -> list[str]:
-    """One line for each reason not to trust the choice."""
-    found = []
-    for name, beyond in at_edge(grid, tried, beyond=10**9).items():
-        value = max(tried, key=rank)["settings"][name]
-        found.append(f"{name}={value:g} is at the edge of what was tried: extend the grid, to {beyond[name]:g} for one.")
-    n, labels = len(task.validation), len(task.labels)
-    if n < max(FEW, 2 * labels):
-        found.append(f"{n} validation documents are few to choose on with {labels} labels: raise n_validation.")
-    return found
+                return best | {name: value}
+    return None

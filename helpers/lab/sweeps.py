@@ -124,11 +124,9 @@ def run(key: dict, save: str | Path | None = None, task: tasks.Task | None = Non
     task = task or load_task(key)  # what can go wrong does so before the training
     kind, folder, searched = APPROACHES[key["approach"]], _search_folder(key), {}
     with measure() as training:
-        if grid := {name: value for name, value in key["settings"].items() if isinstance(value, list)}:
+        if any(isinstance(value, list) for value in key["settings"].values()):
             approach, tried = search.search(kind, key["settings"], task, folder)
             searched = {"chosen": max(tried, key=search.rank), "tried": tried}
-            for line in search.warnings(task, grid, tried):
-                print(f"{records.title(key)}: {line}", file=sys.stderr)
         else:
             approach = kind(**key["settings"])
             if epochs := search.fit(approach, task):
