@@ -6,8 +6,6 @@ import io
 import json
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -141,8 +139,8 @@ def run(plan: Plan, out: str | Path, progress: bool = True) -> list[dict]:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(note, asked)
     base_models.fetch(base_models.ENCODER)  # which says so if that takes time
-    with tqdm(total=round(60 * plan.minutes), bar_format="{bar:20} {elapsed} {desc}", disable=None if progress else True) as bar:
-        threading.Thread(target=_tick, args=(bar,), daemon=True).start()
+    total = len(METHODS) * len(plan.splits)
+    with tqdm(total=total, bar_format="{bar:20} {elapsed} {desc}", disable=None if progress else True) as bar:
         for seed in range(len(plan.splits)):
             made += _of_split(plan, seed, out, bar)
     if not made:
@@ -151,13 +149,6 @@ def run(plan: Plan, out: str | Path, progress: bool = True) -> list[dict]:
         [record] = [each for each in made if each["name"] == name and not each["key"]["seed"]]
         _describe(plan, record, predictions, out / FOLDERS[name])
     return made
-
-
-def _tick(bar: tqdm) -> None:
-    while not bar.disable:
-        time.sleep(1)
-        bar.n = min(bar.total, bar.n + 1)
-        bar.refresh()
 
 
 def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
@@ -176,6 +167,7 @@ def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
         n = n if n < 0.8 * n_all else n_all
         epochs = given or _epochs(passes if kind in SEARCHED else min(can_read, passes), n)
         record = _made(plan, (kind, seed, n, epochs, None), out / folder, left, bar)
+        bar.update()
         if record is None:
             continue
         seconds, n, tried = _seconds(record), record["key"]["options"]["n_train"], record["tried"]
