@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestNeighbors
 from transformers import PreTrainedTokenizerBase
 
@@ -104,20 +103,10 @@ def read(
     return replace(data, documents=documents, warnings=tuple(warnings), columns=tuple(columns))
 
 
-def cut(data: Labelled, n: int | None = None, seed: int = 0) -> Labelled:
-    """At most `n` documents, single labels in proportion, without the labels that have too few of them (`LEAST`).
-
-    BookError: fewer than two labels are left.
-    """
-    documents, warnings = data.documents, list(data.warnings)
-    if n is not None and n < len(documents):
-        gold = [document.label for document in documents]
-        fits = not data.multi_label and min(Counter(gold).values()) > 1 and len(set(gold)) <= min(n, len(gold) - n)
-        rows, _ = train_test_split(np.arange(len(gold)), train_size=n, stratify=gold if fits else None, random_state=seed)
-        documents = [documents[row] for row in sorted(rows)]
-        warnings.append(f"{n:,} of {len(data.documents):,} documents are used.")
-    least, counts = LEAST[data.multi_label], replace(data, documents=documents).labels
-    rare = sorted(label for label in data.labels if counts[label] < least)
+def cut(data: Labelled) -> Labelled:
+    """The documents without the labels that have too few of them (`LEAST`). BookError: fewer than two labels are left."""
+    documents, warnings, least, counts = data.documents, list(data.warnings), LEAST[data.multi_label], data.labels
+    rare = sorted(label for label in counts if counts[label] < least)
     named = ", ".join(f"{label!r} ({counts[label]})" for label in rare[:3]) + ", …" * (len(rare) > 3)
     if len(counts.keys() - set(rare)) < 2:
         few = f"fewer than two labels have {least} documents among {len(documents):,}, not {named}"
