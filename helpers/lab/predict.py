@@ -23,55 +23,40 @@ from helpers.evaluation import Predictions
 from helpers.lab import statistics, tables
 
 ROWS, STREAMED = 1024, 32  # in memory at a time, of a file and of standard input
-Batch = tuple[list[dict], pyarrow.RecordBatch | None]  # of rows, in Parquet also as the file has them
 
 
-class File:
-    """Rows of a file with texts in `columns`, or of lines in the format that `path` ends in. BookError: as of `tables.read`."""
+def batches(table: tables.Table) -> Iterator[list[dict]]:
+    """All rows, so many at a time. BookError: they have a column already that would be added; or as of `Table`."""
+    rows, n = (row for _, row in table), ROWS if table.lines is None else STREAMED
+    for batch in iter(lambda: list(islice(rows, n)), []):
+        for name in {"predicted", "probability"} & set(batch[0]):
+            raise BookError(f"{table.path.name} has a column {name!r} already. Rename it, or it would be lost.")
+        yield batch
 
-    def __init__(self, path: Path, columns: list[str], encoding: str | None = None, lines: Iterable[str] | None = None) -> None:
-        self.path, self.columns, self.lines, self.parquet = path, columns, lines, path.suffix.lower() == ".parquet"
-        self.warnings: list[str] = []
-        if lines is None:
-            tables.check(path)
-            self.encoding = None if self.parquet else encoding or tables.encoding_of(path, self.warnings)
 
-    def batches(self) -> Iterator[Batch]:
-        """All rows, so many at a time."""
-        if self.parquet:
-            both = ((batch.to_pylist(), batch) for batch in tables.parquet(self.path, self.columns).iter_batches(ROWS))
+def write(table: tables.Table, out: IO, done: Iterable[tuple[list[dict], dict[str, list]]]) -> None:
+    """Write rows of `table` with the columns that are added to them, in the format that they came in."""
+    target = None
+    for rows, new in done:
+        more = [dict(zip(new, each, strict=True)) for each in zip(*new.values(), strict=True)]
+        if table.parquet:
+            if target is None:
+                kinds = [(name, pyarrow.string() if name == "predicted" else pyarrow.float64()) for name in new]
+                before = tables.parquet(table.path, table.columns).schema_arrow
+                target = pyarrow.parquet.ParquetWriter(out, pyarrow.schema([*before, *kinds]))
+            both = [row | one for row, one in zip(rows, more, strict=True)]
+            target.write_table(pyarrow.Table.from_pylist(both, target.schema))
+        elif not table.delimiter:
+            out.writelines(f"{json.dumps(row | one, ensure_ascii=False)}\n" for row, one in zip(rows, more, strict=True))
         else:
-            lines = tables.lines(self.path, self.encoding) if self.lines is None else self.lines
-            self.rows = tables.Rows(lines, self.path, self.columns)
-            each, n = (row for _, row in self.rows), ROWS if self.lines is None else STREAMED
-            both = ((rows, None) for rows in iter(lambda: list(islice(each, n)), []))
-        for rows, batch in both:
-            for name in {"predicted", "probability"} & set(rows[0]):
-                raise BookError(f"{self.path.name} has a column {name!r} already. Rename it, or it would be lost.")
-            yield rows, batch
-
-    def write(self, out: IO, done: Iterable[tuple[Batch, dict[str, list]]]) -> None:
-        """Write rows with the columns that are added to them, in the format that they came in."""
-        target = None
-        for (rows, batch), new in done:
-            more = [dict(zip(new, each, strict=True)) for each in zip(*new.values(), strict=True)]
-            if self.parquet:
-                kinds = (pyarrow.string() if name == "predicted" else pyarrow.float64() for name in new)
-                columns = [*batch.columns, *map(pyarrow.array, new.values(), kinds)]
-                table = pyarrow.table(columns, names=[*batch.schema.names, *new])
-                target = target or pyarrow.parquet.ParquetWriter(out, table.schema)
-                target.write_table(table)
-            elif not self.rows.delimiter:
-                out.writelines(f"{json.dumps(row | one, ensure_ascii=False)}\n" for row, one in zip(rows, more, strict=True))
-            else:
-                options = {"delimiter": self.rows.delimiter, "lineterminator": "\n"}
-                plain, quoted = csv.writer(out, **options), csv.writer(out, **options, quoting=csv.QUOTE_ALL)
-                target = target or plain.writerow([*self.rows.header, *new])
-                for cells in ([*row.values(), *one.values()] for row, one in zip(rows, more, strict=True)):
-                    (quoted if any("\r" in str(cell) for cell in cells) else plain).writerow(cells)  # Python quotes \n only
-            out.flush()
-        if self.parquet and target:
-            target.close()
+            options = {"delimiter": table.delimiter, "lineterminator": "\n"}
+            plain, quoted = csv.writer(out, **options), csv.writer(out, **options, quoting=csv.QUOTE_ALL)
+            target = target or plain.writerow([*table.header, *new])
+            for cells in ([*row.values(), *one.values()] for row, one in zip(rows, more, strict=True)):
+                (quoted if any("\r" in str(cell) for cell in cells) else plain).writerow(cells)  # Python quotes \n only
+        out.flush()
+    if table.parquet and target:
+        target.close()
 
 
 def probabilities_of(approach: Approach, rows: list[dict], columns: list[str]) -> np.ndarray:
@@ -100,7 +85,7 @@ def added(approach: Approach, probabilities: np.ndarray) -> dict[str, list]:
     return {name: [None if no else each for each, no in zip(column, without, strict=True)] for name, column in found.items()}
 
 
-def predict(approach: Approach, file: File, out: Path, progress: bool = True) -> np.ndarray:
+def predict(approach: Approach, file: tables.Table, out: Path, progress: bool = True) -> np.ndarray:
     """Write the rows of `file` with what is `added` to the file `out`; returns the probabilities, (n_rows, n_labels).
 
     They are kept beside `out` as they come, so that a run that was stopped or killed goes on. BookError: `out` exists, has
@@ -109,7 +94,7 @@ def predict(approach: Approach, file: File, out: Path, progress: bool = True) ->
     if out.exists() or out.suffix.lower() != file.path.suffix.lower():
         why = "exists already; nothing was overwritten" if out.exists() else f"has another ending than {file.path.name}"
         raise BookError(f"{out} {why}. Give another --out.")
-    n_rows, n_labels = sum(len(rows) for rows, _ in file.batches()), len(approach.labels)  # what cannot be read is named first
+    n_rows, n_labels = sum(map(len, batches(file))), len(approach.labels)  # what cannot be read is named first
     if not n_rows:
         raise BookError(f"{file.path.name} has no rows.")
     part, status = out.with_name(f"{out.name}.part"), file.path.stat()
@@ -124,7 +109,7 @@ def predict(approach: Approach, file: File, out: Path, progress: bool = True) ->
         n_done = max(0, part.stat().st_size - len(stamp)) // (4 * n_labels)
         kept.truncate(len(held) + 4 * n_labels * n_done)
         kept.write(b"" if held else stamp)
-        for rows, _ in file.batches():
+        for rows in batches(file):
             if to_do := rows[n_done:]:
                 kept.write(probabilities_of(approach, to_do, file.columns).tobytes())
                 kept.flush()
@@ -132,15 +117,15 @@ def predict(approach: Approach, file: File, out: Path, progress: bool = True) ->
             bar.update(len(rows))  # which counts nothing where there is no terminal
     probabilities = np.fromfile(part, np.float32, offset=len(stamp)).reshape(n_rows, n_labels)
 
-    def done() -> Iterator[tuple[Batch, dict[str, list]]]:
+    def done() -> Iterator[tuple[list[dict], dict[str, list]]]:
         at = 0
-        for batch in file.batches():
-            at += len(batch[0])
-            yield batch, added(approach, probabilities[at - len(batch[0]) : at])
+        for rows in batches(file):
+            at += len(rows)
+            yield rows, added(approach, probabilities[at - len(rows) : at])
 
     options = {"mode": "wb"} if file.parquet else {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with open(written := out.with_name(f"{out.name}.tmp"), **options) as target:
-        file.write(target, done())
+        write(file, target, done())
     written.replace(out)
     part.unlink()
     return probabilities
@@ -156,7 +141,7 @@ def locked(out: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def predict_folder(approach: Approach, folder: Path, out: Path, open_file: Callable[[Path], File]) -> tuple[int, int]:
+def predict_folder(approach: Approach, folder: Path, out: Path, open_file: Callable[[Path], tables.Table]) -> tuple[int, int]:
     """Do to all files of a folder what `predict` does, into the folder `out`; returns how many files and rows it was.
 
     What is in `out` is left alone. Several processes share the work: each takes files that no other one is writing, and those
@@ -212,8 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
         approach = Approach.load(given.model)
         columns, path = given.text or approach.use.get("text", ["text"]), Path(f"lines.{given.format}" if stream else given.file)
 
-        def opened(path: Path) -> File:
-            file = File(path.expanduser(), columns, given.encoding, sys.stdin if stream else None)
+        def opened(path: Path) -> tables.Table:
+            file = tables.Table(path.expanduser(), columns, given.encoding, sys.stdin if stream else None)
             print(*(f"warning: {line}\n" for line in file.warnings), sep="", end="", file=sys.stderr)
             return file
 
@@ -227,8 +212,8 @@ def main(arguments: list[str] | None = None) -> None:
         if out is None or stream:
             if out or file.parquet:
                 raise BookError("Standard input goes to standard output: leave out --out." if out else "Parquet needs an --out.")
-            batches = ((batch, probabilities_of(approach, batch[0], columns)) for batch in file.batches())
-            file.write(sys.stdout, ((batch, added(approach, found)) for batch, found in batches))
+            found = ((rows, probabilities_of(approach, rows, columns)) for rows in batches(file))
+            write(file, sys.stdout, ((rows, added(approach, each)) for rows, each in found))
             return
         with locked(out):
             without = np.isnan(predict(approach, file, out)[:, 0])

@@ -31,19 +31,12 @@ def read(path: Path, columns: list[str], encoding: str | None = None) -> pd.Data
     The index says where a row stands and is called `line` or, in Parquet, `row`; `attrs["warnings"]` says which encoding was
     found, if it is an old one. BookError: anything that cannot be read, with its line.
     """
-    check(path)
-    warnings = []
-    if path.suffix.lower() == ".parquet":
-        # pandas would make floats of whole numbers where one is missing
-        rows = parquet(path, columns).read(columns).to_pylist() if path.stat().st_size else []
-        table = pd.DataFrame(rows, columns=columns, dtype=object).rename_axis("row")
-    else:
-        encoding = encoding or encoding_of(path, warnings)
-        found = {line: [row.get(name) for name in columns] for line, row in Rows(lines(path, encoding), path, columns)}
-        table = pd.DataFrame(found.values(), pd.Index(found, name="line"), columns, dtype=object)
+    rows = Table(path, columns, encoding)
+    found = {place: [row.get(name) for name in columns] for place, row in rows}
+    table = pd.DataFrame(found.values(), pd.Index(found, name=rows.place), columns, dtype=object)
     if table.empty:
         raise BookError(f"{path.name} has no rows. Give a file with a row for each document.")
-    table.attrs["warnings"] = warnings
+    table.attrs["warnings"] = rows.warnings
     return table
 
 
@@ -96,7 +89,7 @@ def _is_utf8(line: bytes) -> bool:
         return False
 
 
-def lines(path: Path, encoding: str) -> Iterator[str]:
+def lines_of(path: Path, encoding: str) -> Iterator[str]:
     """The lines of a text file, with the line ends of Windows and of old Macs made `\\n`. BookError: another encoding."""
     try:
         with path.open(encoding=encoding, newline="") as file:
@@ -109,36 +102,43 @@ def lines(path: Path, encoding: str) -> Iterator[str]:
         raise BookError(f"{path.name} cannot be read as {encoding} ({error}). Name another: --encoding latin-1, say.") from error
 
 
-class Rows:
-    """Rows as `{column: cell}`, each with its first line: CSV and TSV (by the ending of `path`), else JSON lines.
+class Table:
+    """The rows of a file, or of `lines` in the format that `path` ends in: CSV, TSV, Parquet, else JSON lines.
 
-    Fields are parted as the header is, by a comma, semicolon, tab or bar: `delimiter`, "" in JSON lines. BookError: a row that is
-    none, or no such column.
+    Gives `(place, {column: cell})`; `place` says whether that is a `line`, a row's first one, or a `row`. Fields are parted as
+    the header is, by a comma, semicolon, tab or bar: `delimiter`, "" without a header. `warnings` has the encoding, if it is an
+    old one. BookError: as of `check`; and while it is read, a row that is none, or no such column.
     """
 
-    def __init__(self, lines: Iterable[str], path: Path, columns: list[str]) -> None:
-        self.path, self.columns, self.delimiter, self.header, self._lines = path, columns, "", [], iter(lines)
-        if path.suffix.lower() not in (".csv", ".tsv"):
-            return
+    def __init__(self, path: Path, columns: list[str], encoding: str | None = None, lines: Iterable[str] | None = None) -> None:
+        self.path, self.columns, self.lines, self.parquet = path, columns, lines, path.suffix.lower() == ".parquet"
+        self.place, self.delimiter, self.header, self.warnings = "row" if self.parquet else "line", "", [], []
+        if lines is None:
+            check(path)
+            self._encoding = None if self.parquet else encoding or encoding_of(path, self.warnings)
+
+    def __iter__(self) -> Iterator[tuple[int, dict]]:
+        if self.parquet:
+            batches = parquet(self.path, self.columns).iter_batches(1024)
+            return enumerate(row for batch in batches for row in batch.to_pylist())
+        lines = lines_of(self.path, self._encoding) if self.lines is None else iter(self.lines)
+        return self._records(lines) if self.path.suffix.lower() in (".csv", ".tsv") else self._objects(lines)
+
+    def _records(self, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
         first = [""]
-        for line in self._lines:
+        for line in lines:
             first.append(line)
             if line.strip() and not "".join(first).count('"') % 2:  # else a header that goes on, or nothing yet
                 break
-        usual, self._start = "\t" if path.suffix.lower() == ".tsv" else ",", len(first)
+        usual = "\t" if self.path.suffix.lower() == ".tsv" else ","
         headers = {each: next(self._fields(first, each, 1), (1, []))[1] for each in (usual, ";", "\t", "|", ",")}
         headers = {each: [" ".join(cell.split()) for cell in header] for each, header in headers.items()}
-        self.delimiter = max(headers, key=lambda each: len(set(columns) & set(headers[each])))  # of equals the usual one
-        if header := headers[self.delimiter]:
-            need(path, columns, header)
-        self.header = header
-
-    def __iter__(self) -> Iterator[tuple[int, dict]]:
-        if not self.delimiter:
-            yield from self._objects()
-            return
+        self.delimiter = max(headers, key=lambda each: len(set(self.columns) & set(headers[each])))  # of equals the usual one
+        self.header = headers[self.delimiter]
+        if self.header:
+            need(self.path, self.columns, self.header)
         names = [name if name not in self.header[:n] else f"{name}.{n}" for n, name in enumerate(self.header)]
-        for line, cells in self._fields(self._lines, self.delimiter, self._start, strict=True):
+        for line, cells in self._fields(lines, self.delimiter, len(first), strict=True):
             if len(cells) != len(names):
                 found = f"{len(cells)} fields between {self.delimiter!r} where the header has {len(names)}"
                 raise BookError(f"{self.path.name}, line {line}: {found}. Quote texts that hold one; end no row with one.")
@@ -157,9 +157,9 @@ class Rows:
             what = f"the row that begins in line {line} is not readable as CSV ({error})"
             raise BookError(f"{self.path.name}: {what}. Check its quotes.") from error
 
-    def _objects(self) -> Iterator[tuple[int, dict]]:
+    def _objects(self, lines: Iterator[str]) -> Iterator[tuple[int, dict]]:
         there: dict[str, None] = {}
-        for number, line in enumerate(self._lines, start=1):
+        for number, line in enumerate(lines, start=1):
             try:
                 row = dict(json.loads(line.replace(_RETURN, " ")).items()) if line.strip() else {}
             except (ValueError, AttributeError, RecursionError) as error:
