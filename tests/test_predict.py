@@ -231,8 +231,8 @@ def test_a_stopped_run_goes_on_without_computing_anything_twice(suffix, saved, t
     with pytest.raises(KeyboardInterrupt):
         command(saved("tfidf"), path, "--out", out)
     assert not out.exists() and len(read_so_far) == 192
-    with (tmp_path / f"out{suffix}.part").open("ab") as part:
-        part.write(b"torn")  # by a kill in the middle of a write
+    (part,) = tmp_path.glob(f"out{suffix}.*.part")
+    part.write_bytes(part.read_bytes() + b"torn")  # by a kill in the middle of a write
     monkeypatch.setattr(TfidfSvm, "predict_proba", until(10**9))
     command(saved("tfidf"), path, "--out", out)
     assert sorted(read_so_far) == sorted(many()["text"]) and read(out)["id"].tolist() == many()["id"].tolist()
@@ -244,13 +244,16 @@ def test_a_stopped_run_goes_on_without_computing_anything_twice(suffix, saved, t
 def test_a_killed_process_loses_nothing(saved, tmp_path):
     path, out = write(many(6000), tmp_path / "in.csv"), tmp_path / "out.csv"
     begun = [sys.executable, "-m", "helpers.predict", str(saved("head")), str(path), "--out", str(out)]
-    process, part = subprocess.Popen(begun, cwd=ROOT, stderr=subprocess.DEVNULL), tmp_path / "out.csv.part"
-    deadline = time.time() + 240
-    while time.time() < deadline and (not part.exists() or part.stat().st_size < 10_000) and process.poll() is None:
+    process, deadline = subprocess.Popen(begun, cwd=ROOT, stderr=subprocess.DEVNULL), time.time() + 240
+
+    def kept():
+        return sum(part.stat().st_size for part in tmp_path.glob("out.csv.*.part"))
+
+    while time.time() < deadline and kept() < 10_000 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert part.stat().st_size >= 10_000 and not out.exists()
+    assert kept() >= 10_000 and not out.exists()
     command(saved("head"), path, "--out", out)
     got = read(out)
     assert got["id"].tolist() == many(6000)["id"].tolist()
@@ -259,12 +262,21 @@ def test_a_killed_process_loses_nothing(saved, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.csv", "out.csv"]
 
 
-def test_what_lies_there_is_of_this_file_and_this_approach_or_is_refused(saved, tmp_path):
-    path, out = write(many(), tmp_path / "in.csv"), tmp_path / "out.csv"
-    (tmp_path / "out.csv.part").write_text("something else")
-    with pytest.raises(SystemExit, match="out.csv.part is of another file or approach"):
+def test_what_was_kept_of_another_file_is_not_taken(saved, tmp_path, monkeypatch):
+    path, out, usual = write(many(), tmp_path / "in.csv"), tmp_path / "out.csv", predict.write
+    monkeypatch.setattr(predict, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
         command(saved("tfidf"), path, "--out", out)
-    (tmp_path / "out.csv.part").unlink()
+    assert len(list(tmp_path.glob("out.csv.*.part"))) == 1
+    monkeypatch.setattr(predict, "write", usual)
+    write(many(300), path)
+    command(saved("tfidf"), path, "--out", out)
+    want = Approach.load(saved("tfidf")).predict_proba(read(path)["text"].tolist())
+    assert read(out)["probability"].astype(float).tolist() == pytest.approx(want.max(axis=1), abs=1e-5)
+
+
+def test_nothing_is_overwritten_or_written_twice_at_a_time(saved, tmp_path):
+    path, out = write(many(), tmp_path / "in.csv"), tmp_path / "out.csv"
     out.write_text("years of work")
     with pytest.raises(SystemExit, match="out.csv exists already; nothing was overwritten. Give another --out"):
         command(saved("tfidf"), path, "--out", out)
@@ -350,7 +362,7 @@ def test_all_files_of_a_folder_but_those_that_are_done_and_a_refused_file_stops_
 def test_processes_share_a_folder_and_one_that_is_killed_loses_and_doubles_nothing(folder, saved, tmp_path):
     out = tmp_path / "labelled"
     first, deadline = begun(saved("head"), folder, out), time.time() + 300
-    while not (out / "0.csv.part").exists() and first.poll() is None and time.time() < deadline:
+    while not list(out.glob("0.csv.*.part")) and first.poll() is None and time.time() < deadline:
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # in the middle of a file, which it has locked
     second = begun(saved("head"), folder, out)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -85,11 +86,11 @@ def added(approach: Approach, probabilities: np.ndarray) -> dict[str, list]:
     return {name: [None if no else each for each, no in zip(column, without, strict=True)] for name, column in found.items()}
 
 
-def predict(approach: Approach, file: tables.Table, out: Path, progress: bool = True) -> np.ndarray:
+def predict(approach: Approach, file: tables.Table, out: Path) -> np.ndarray:
     """Write the rows of `file` with what is `added` to the file `out`; returns the probabilities, (n_rows, n_labels).
 
-    They are kept beside `out` as they come, so that a run that was stopped or killed goes on. BookError: `out` exists, has
-    another ending or is being written, or what lies beside it is of another file or approach.
+    They are kept beside `out` as they come, so that a run that was stopped or killed goes on, if file and approach are the same.
+    BookError: `out` exists or has another ending.
     """
     if out.exists() or out.suffix.lower() != file.path.suffix.lower():
         why = "exists already; nothing was overwritten" if out.exists() else f"has another ending than {file.path.name}"
@@ -97,35 +98,24 @@ def predict(approach: Approach, file: tables.Table, out: Path, progress: bool = 
     n_rows, n_labels = sum(map(len, batches(file))), len(approach.labels)  # what cannot be read is named first
     if not n_rows:
         raise BookError(f"{file.path.name} has no rows.")
-    part, status = out.with_name(f"{out.name}.part"), file.path.stat()
-    stamp = [str(file.path.resolve()), status.st_size, status.st_mtime, file.columns, approach.labels, approach.training_seconds]
-    stamp = json.dumps(stamp).encode() + b"\n"
-    with part.open("a+b") as kept, tqdm(total=n_rows, unit="row", disable=None if progress else True) as bar:
-        kept.seek(0)
-        held = kept.readline()
-        held = b"" if stamp.startswith(held) and held != stamp else held  # killed while that was written
-        if held not in (b"", stamp):
-            raise BookError(f"{part} is of another file or approach. Delete it, or give another --out.")
-        n_done = max(0, part.stat().st_size - len(stamp)) // (4 * n_labels)
-        kept.truncate(len(held) + 4 * n_labels * n_done)
-        kept.write(b"" if held else stamp)
+    path, status = str(file.path.resolve()), file.path.stat()
+    stamp = [path, status.st_size, status.st_mtime, file.columns, approach.labels, approach.training_seconds]
+    part = out.with_name(f"{out.name}.{hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]}.part")
+    with part.open("ab") as kept, tqdm(total=n_rows, unit="row", disable=None) as bar:
+        n_done = kept.tell() // (4 * n_labels)
+        kept.truncate(4 * n_labels * n_done)  # it was killed while it wrote
         for rows in batches(file):
             if to_do := rows[n_done:]:
                 kept.write(probabilities_of(approach, to_do, file.columns).tobytes())
                 kept.flush()
             n_done = max(0, n_done - len(rows))
             bar.update(len(rows))  # which counts nothing where there is no terminal
-    probabilities = np.fromfile(part, np.float32, offset=len(stamp)).reshape(n_rows, n_labels)
-
-    def done() -> Iterator[tuple[list[dict], dict[str, list]]]:
-        at = 0
-        for rows in batches(file):
-            at += len(rows)
-            yield rows, added(approach, probabilities[at - len(rows) : at])
-
+    probabilities = np.fromfile(part, np.float32).reshape(n_rows, n_labels)
+    each = iter(probabilities)
+    done = ((rows, added(approach, np.array([*islice(each, len(rows))]))) for rows in batches(file))
     options = {"mode": "wb"} if file.parquet else {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     with open(written := out.with_name(f"{out.name}.tmp"), **options) as target:
-        write(file, target, done())
+        write(file, target, done)
     written.replace(out)
     part.unlink()
     return probabilities

@@ -65,7 +65,8 @@ def encoding_of(path: Path, warnings: list[str]) -> str:
     with path.open("rb") as file:
         head = file.read(_LOOKED_AT)
         file.seek(0)
-        odd = [head] if b"\0" in head else list(islice((line for line in file if not _is_utf8(line)), 1000))
+        not_utf8 = (line for line in file if line.decode("utf-8", "ignore").encode("utf-8") != line)
+        odd = [head] if b"\0" in head else list(islice(not_utf8, 1000))
     raw = b"".join(odd)
     if not raw:
         return "utf-8-sig"
@@ -80,13 +81,6 @@ def encoding_of(path: Path, warnings: list[str]) -> str:
         words = " ".join(word for word in odd[0].decode(found, "replace").split() if not word.isascii())
         warnings.append(f"Read as {found}, for it is no UTF-8: {excerpt(words)}. If that looks wrong: --encoding …")
     return found
-
-
-def _is_utf8(line: bytes) -> bool:
-    try:
-        return line.isascii() or bool(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return False
 
 
 def lines_of(path: Path, encoding: str) -> Iterator[str]:
