@@ -164,6 +164,8 @@ class LoraApproach(Approach):
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
     prefix: ClassVar[str] = ""  # before the document; a setting of `InstructionTuned`
+    precision: ClassVar[str | None] = None  # of the base model (`profiles.current`); a setting in the lab, as the next one
+    lora: ClassVar[dict] = {}  # more options of `LoraConfig`
     lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them
 
     def __post_init__(self) -> None:
@@ -188,10 +190,6 @@ class LoraApproach(Approach):
     def _prompts(self, texts: list[str]) -> list[str]:
         """The documents as the model reads them, up to their labels. BookError: as `prompts.sanitize_prompts`."""
         return prompts.sanitize_prompts(texts, self.tokenizer, *self._frame())
-
-    def _lora_options(self) -> dict:
-        """Options of `LoraConfig` beside rank and layers."""
-        return {}
 
     def _save(self, folder: Path) -> None:
         if not isinstance(self.model, PeftModel):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-import torch
 from scipy.special import expit, softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.multiclass import OneVsRestClassifier
@@ -17,7 +16,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, set_seed
 from helpers import base_models, prompts
 from helpers.approach import SUFFIX, Approach
 from helpers.checkpoints import resumable
-from helpers.embedding_head import train_classifier
+from helpers.embedding_head import EmbeddingHead, train_classifier
 from helpers.embeddings import embed, fit_probe
 from helpers.tasks import Task, texts_of
 
@@ -137,14 +136,13 @@ class FineTunedEncoder(Approach):
         set_seed(self.seed)
         self.tokenizer = base_models.load_tokenizer(self.base_model)
         texts, targets = self._training_targets(task)
-        texts = prompts.sanitize_prompts(texts, self.tokenizer)
         options = {"num_labels": len(task.labels)} | self._model_options()
         self.model = base_models.load(self.base_model, AutoModelForSequenceClassification, "float32", **options)
         settings = {"learning_rate": self.learning_rate, "num_train_epochs": self.epochs, "seed": self.seed}
         settings |= {"per_device_train_batch_size": self.batch_size, "precision": "float32"}
         settings |= {"trainer": {"compute_loss_func": self._loss, "callbacks": [*self.callbacks]}}
         with resumable(None, {}) as scratch:
-            train_classifier(self.model, self.tokenizer, texts, targets, **settings, **scratch)
+            train_classifier(self.model, self.tokenizer, self._prompts(texts), targets, **settings, **scratch)
         self.model.eval()
         self.trainable_parameters = self.model.num_parameters(only_trainable=True)
 
@@ -156,13 +154,10 @@ class FineTunedEncoder(Approach):
     def _model_options(self) -> dict:
         return {}
 
-    @torch.inference_mode()
-    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
-        texts = prompts.sanitize_prompts(texts, self.tokenizer)
-        logits = np.empty((len(texts), len(self.labels)))
-        for rows, batch in prompts.batches(texts, self.tokenizer, batch_size):
-            logits[rows] = self.model(**batch.to(self.model.device)).logits.float().cpu()
-        return expit(logits) if self.multi_label else softmax(logits, axis=1)
+    def _prompts(self, texts: list[str]) -> list[str]:
+        return prompts.sanitize_prompts(texts, self.tokenizer)
+
+    _predict_proba = EmbeddingHead._predict_proba
 
     def _save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -4,7 +4,6 @@ Chapters 00 and 04 build it in plain cells; this is the same in one call.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -106,7 +105,6 @@ class EmbeddingHead(LoraApproach):
 
     probe_init: bool = True
     name: str = "embedding head + LoRA"
-    precision: ClassVar[str | None] = None
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_classifier(self.base_model, len(self.labels), self.multi_label, self.precision)
@@ -117,7 +115,7 @@ class EmbeddingHead(LoraApproach):
             model, self.tokenizer = self._load_base()
             texts, gold = self._prompts(texts_of(task.train)), list(task.train["label"])
             prompts.encode(texts, self.tokenizer)  # refuse what is too long before the training
-            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self._lora_options())
+            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
             with cached_lower_layers(model, self.n_layers, self.lower_states):
                 if self.probe_init:
                     probe = fit_probe(embed(texts, model, self.tokenizer), np.array(gold))

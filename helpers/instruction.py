@@ -4,7 +4,6 @@ Chapters 00 and 05 build it in plain cells; this is the same in one call.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -66,7 +65,6 @@ class InstructionTuned(LoraApproach):
     chat: bool = False
     epochs: int = 4
     name: str = "instruction tuning + LoRA"
-    precision: ClassVar[str | None] = None
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = base_models.load_tokenizer(self.base_model)
@@ -113,14 +111,12 @@ class InstructionTuned(LoraApproach):
 
     def _examples(self, task: Task) -> dict[str, list[str]]:
         """Columns `prompt` and `completion`, for SFTTrainer."""
-        completions = [self._space + self._completion(gold) for gold in task.train["label"]]
-        return {"prompt": self._prompts(texts_of(task.train)), "completion": completions}
-
-    def _completion(self, gold: int | list[int]) -> str:
-        words = self._words()
-        if not self.multi_label:
-            return words[gold]
-        return ", ".join(words[label] for label in np.flatnonzero(gold)) or NO_LABEL
+        words, answers = self._words(), task.train["label"]
+        if self.multi_label:
+            answers = [", ".join(words[label] for label in np.flatnonzero(gold)) or NO_LABEL for gold in answers]
+        else:
+            answers = [words[label] for label in answers]
+        return {"prompt": self._prompts(texts_of(task.train)), "completion": [self._space + answer for answer in answers]}
 
     def _trainer_class(self) -> type[SFTTrainer]:
         return LabelTokensTrainer if profiles.current().device == "cpu" else SFTTrainer
@@ -141,7 +137,7 @@ class InstructionTuned(LoraApproach):
             train_dataset=Dataset.from_dict(examples),
             processing_class=self.tokenizer,
             callbacks=[*self.callbacks],
-            peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers, **self._lora_options()),
+            peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers, **self.lora),
         )
         float32_adapters(trainer.model)
         if len(trainer.train_dataset) != len(whole):

@@ -46,9 +46,6 @@ class LoraOptions(BestEpochOption):
     precision: str | None = None
     lora: dict = field(default_factory=dict)
 
-    def _lora_options(self) -> dict:
-        return self.lora
-
 
 @dataclass
 class EmbeddingHead(LoraOptions, embedding_head.EmbeddingHead):
