@@ -83,8 +83,6 @@ class Approach:
             seconds=cost.seconds,
             training_seconds=self.training_seconds,
             trainable_parameters=self.trainable_parameters,
-            tokens=self._count_tokens(texts),
-            peak_memory=cost.peak_memory,
             groups=np.array(documents["group"]) if "group" in documents.column_names else None,
         )
 
@@ -137,10 +135,6 @@ class Approach:
         if "tokens" in approach.use:
             approach.shorten = first_tokens(AutoTokenizer.from_pretrained(folder / "tokenizer"), approach.use["tokens"])
         return approach
-
-    def _count_tokens(self, texts: list[str]) -> int:
-        """What the model reads of them, padding left out; 0 for approaches without a tokenizer."""
-        return 0
 
 
 @dataclass
@@ -211,6 +205,3 @@ class LoraApproach(Approach):
         settings |= {"approach": type(self).__name__, "documents": task.content_hash()}
         with resumable(self.checkpoints, settings) as checkpoints:
             yield options | checkpoints
-
-    def _count_tokens(self, texts: list[str]) -> int:
-        return sum(map(len, self.tokenizer(self._prompts(texts)).input_ids))

@@ -1,12 +1,10 @@
 """Predictions, the same for every approach, and what is computed from them (chapter 06)."""
 
 import contextlib
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,8 +16,6 @@ from statsmodels.stats.proportion import proportion_confint
 from helpers import bootstrap, profiles
 from helpers.errors import BookError
 
-_peak_so_far = 0  # bytes, of the innermost `measure` block that is running
-
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
@@ -29,7 +25,6 @@ class Predictions:
         probabilities: (n_documents, n_labels); every row sums to 1, except in a multi-label task.
         gold: (n_documents,), indices into `labels`; multi-label (n_documents, n_labels), zeros and ones.
         seconds, training_seconds: wall-clock time of predicting, tokenization included, and of training.
-        tokens, peak_memory: tokens read while predicting, without padding, and bytes taken (`measure`).
         test_set: a fingerprint of the test documents, "" if unknown.
         groups: (n_documents,), which documents are right or wrong together (of one attacker, say): they are drawn together.
         thresholds: multi-label, the probability from which a label is predicted: one, or one for each label or cell.
@@ -43,8 +38,6 @@ class Predictions:
     seconds: float = 0.0
     training_seconds: float = 0.0
     trainable_parameters: int = 0
-    tokens: int = 0
-    peak_memory: int | None = None
     test_set: str = ""
     groups: np.ndarray | None = None
     thresholds: float | np.ndarray = 0.5
@@ -86,35 +79,14 @@ class Predictions:
 
 @contextlib.contextmanager
 def measure() -> Iterator[SimpleNamespace]:
-    """`with measure() as cost:` gives a block's `cost.seconds` and `cost.peak_memory`. Blocks may be nested.
-
-    The peak is in bytes, on a GPU of tensors, on a CPU of the whole process, which only Linux tells (None elsewhere).
-    """
-    global _peak_so_far
-    outer_peak, _peak_so_far = max(_peak_so_far, _take_peak()), 0  # reading the peak resets it
-    cost = SimpleNamespace(seconds=0.0, peak_memory=None)
+    """`with measure() as cost:` gives a block's wall-clock time as `cost.seconds`; a GPU has done then what it was asked for."""
+    wait = torch.cuda.synchronize if profiles.current().device == "cuda" else lambda: None
+    cost = SimpleNamespace(seconds=0.0)
+    wait()
     start = time.perf_counter()
-    try:
-        yield cost
-    finally:
-        peak = max(_peak_so_far, _take_peak())
-        cost.seconds, cost.peak_memory = time.perf_counter() - start, peak or None
-        _peak_so_far = max(outer_peak, peak)
-
-
-def _take_peak() -> int:
-    """The most bytes since the last call, 0 where the system does not tell."""
-    if profiles.current().device == "cuda":
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-    try:
-        status = Path("/proc/self/status").read_text()
-        Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
-    except (OSError, TypeError):  # no such file, no such line
-        return 0
+    yield cost
+    wait()
+    cost.seconds = time.perf_counter() - start
 
 
 def evaluate(predictions: Predictions, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0) -> dict[str, float]:
@@ -188,7 +160,6 @@ def pool(results: Sequence[Predictions]) -> Predictions:
         groups=np.concatenate([each.groups for each in results]) if grouped else None,
         seconds=sum(each.seconds for each in results),
         training_seconds=float(np.mean([each.training_seconds for each in results])),
-        tokens=sum(each.tokens for each in results),
         test_set=" ".join(each.test_set for each in results).strip(),
         thresholds=np.concatenate([np.broadcast_to(each.thresholds, each.probabilities.shape) for each in results]),
         runs=np.repeat(np.arange(len(results)), [len(each.gold) for each in results]),

@@ -161,8 +161,6 @@ def test_batch_size_does_not_matter(approach, tiny_task, request):
     one, many = (approach.predict(tiny_task.test, batch_size=n) for n in (1, 32))
     assert np.allclose(one.probabilities, many.probabilities, atol=1e-4)
     assert np.ptp(one.probabilities, axis=0).max() > 1e-2
-    expected = sum(len(approach.tokenizer(text + SUFFIX).input_ids) for text in tiny_task.test["text"])
-    assert one.tokens == many.tokens == expected
 
 
 @pytest.mark.parametrize("approach", ["head", "tuned"])

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import base_models, profiles, records, tasks
 from helpers.baselines import TfidfSvm
@@ -86,7 +88,29 @@ def test_the_cost_of_an_adapter_is_recorded(tiny_model, monkeypatch, tiny_task):
     small, large = (sweeps.run(key)["cost"] for key in (small, large))
     assert small["adapter_bytes"] >= 4 * small["trainable_parameters"]
     assert large["adapter_bytes"] > small["adapter_bytes"]
-    assert small["tokens_per_second"] == pytest.approx(small["tokens"] / small["seconds"])
+
+
+def test_peak_memory_is_that_since_the_last_call():
+    sweeps.give_back_memory()  # else the block may get memory that earlier tests have freed and the process has kept
+    sweeps.take_peak()
+    small = sweeps.take_peak()
+    block = bytearray(200_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    large, after = sweeps.take_peak(), sweeps.take_peak()
+    if small is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert large - small > 150_000_000 and large - after > 150_000_000
+
+
+def test_the_profile_says_whose_memory_is_measured(monkeypatch):
+    peaks = iter([1000, 500])
+    cuda = SimpleNamespace(max_memory_allocated=lambda: next(peaks), reset_peak_memory_stats=lambda: None)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(profiles, "current", lambda: SimpleNamespace(device="cuda"))
+    assert [sweeps.take_peak(), sweeps.take_peak()] == [1000, 500]
+    monkeypatch.setattr(profiles, "current", lambda: SimpleNamespace(device="cpu"))  # there is a GPU, but it is not used
+    assert sweeps.take_peak() is None or sweeps.take_peak() > 1_000_000
 
 
 def test_a_run_that_is_missing_is_made(made, tmp_path):

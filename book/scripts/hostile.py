@@ -29,8 +29,6 @@ KEPT = (
     "seconds",
     "training_seconds",
     "trainable_parameters",
-    "tokens",
-    "peak_memory",
 )
 
 
@@ -57,7 +55,6 @@ def ask(approach, defences: str, documents, chapter: dict) -> Predictions:
         seconds=cost.seconds,
         training_seconds=approach.training_seconds,
         trainable_parameters=approach.model.num_parameters(only_trainable=True),
-        peak_memory=cost.peak_memory,
     )
 
 

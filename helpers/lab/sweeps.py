@@ -36,13 +36,13 @@ from tqdm.auto import tqdm
 from helpers import base_models, corpora, downloads, profiles, records, tasks
 from helpers.checkpoints import write_whole
 from helpers.errors import BookError, unknown_name
-from helpers.evaluation import Predictions, evaluate, measure
+from helpers.evaluation import Predictions, evaluate
 from helpers.lab import search
 from helpers.lab.approaches import APPROACHES
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "scikit-learn")
 CONTENT_FREE = ("N/A", "[MASK]", "...")  # what contextual calibration asks about (Zhao et al. 2021, arXiv 2102.09690)
-_COST = ("training_seconds", "seconds", "documents_per_second", "tokens", "peak_memory", "trainable_parameters")
+_COST = ("training_seconds", "seconds", "documents_per_second", "trainable_parameters")
 _SWEEP = {"tasks": list, "seeds": list, "approaches": list, "validation": bool, "base_model": str, "full": dict}
 _OPTIONS = ("words", "tokens", "per_class", "n_train", "n_validation", "n_test", "conflicting")
 
@@ -123,21 +123,22 @@ def run(key: dict, save: str | Path | None = None, task: tasks.Task | None = Non
     made_with = provenance(key["settings"].get("precision"))
     task = task or load_task(key)  # what can go wrong does so before the training
     kind, folder, searched = APPROACHES[key["approach"]], _search_folder(key), {}
-    with measure() as training:
-        if any(isinstance(value, list) for value in key["settings"].values()):
-            approach, tried = search.search(kind, key["settings"], task, folder)
-            searched = {"chosen": max(tried, key=search.rank), "tried": tried}
-        else:
-            approach = kind(**key["settings"])
-            if epochs := search.fit(approach, task):
-                searched = {"chosen": max(epochs, key=search.rank), "epochs": epochs}
+    take_peak()
+    if any(isinstance(value, list) for value in key["settings"].values()):
+        approach, tried = search.search(kind, key["settings"], task, folder)
+        searched = {"chosen": max(tried, key=search.rank), "tried": tried}
+    else:
+        approach = kind(**key["settings"])
+        if epochs := search.fit(approach, task):
+            searched = {"chosen": max(epochs, key=search.rank), "epochs": epochs}
+    training_peak = take_peak()
     if save is not None:
         approach.save(save)
     found = replace(approach.predict(task.test), test_set=test_set(task), groups=np.array(groups_of(task)))
     model = getattr(approach, "model", None)
     adapter = as_bytes(get_peft_model_state_dict(model), {"format": "pt"}) if isinstance(model, PeftModel) else b""
-    cost = {name: getattr(found, name) for name in _COST} | {"training_peak_memory": training.peak_memory}
-    cost |= {"adapter_bytes": len(adapter) or None, "tokens_per_second": found.tokens / found.seconds if found.tokens else None}
+    cost = {name: getattr(found, name) for name in _COST}
+    cost |= {"training_peak_memory": training_peak, "adapter_bytes": len(adapter) or None}
     blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][:1] * len(CONTENT_FREE)})
     asked = {"validation": task.validation, "content_free": blank} if key.get("validation") else {}
     record = {
@@ -172,6 +173,20 @@ def give_back_memory() -> None:
     torch.cuda.empty_cache()
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)  # in glibc only
+
+
+def take_peak() -> int | None:
+    """The most bytes since the last call: on a GPU of tensors, on a CPU of the whole process, which only Linux tells."""
+    if profiles.current().device == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+    except (OSError, TypeError):  # no such file, no such line
+        return None
 
 
 def keys(sweep: dict | list[dict], known: Iterable[str] = corpora.TASKS) -> list[dict]:
