@@ -125,26 +125,16 @@ class InstructionTuned(LoraApproach):
         profile = profiles.current(self.precision)
         examples = self._examples(task)
         whole = [prompt + completion for prompt, completion in zip(*examples.values(), strict=True)]
-        longest = max(map(len, prompts.encode(whole, self.tokenizer)))
+        prompts.encode(whole, self.tokenizer)  # refuse what is too long before the training
         trainer = self._trainer_class()(
             model=self.model,
-            args=SFTConfig(
-                **options,
-                max_length=longest + 1,  # and the end of sequence, which TRL appends
-                activation_checkpointing=False,
-                **trainer_options(profile),
-            ),
+            args=SFTConfig(**options, max_length=None, activation_checkpointing=False, **trainer_options(profile)),
             train_dataset=Dataset.from_dict(examples),
             processing_class=self.tokenizer,
             callbacks=[*self.callbacks],
             peft_config=base_models.upper_lora(self.model, "CAUSAL_LM", self.rank, self.n_layers, **self.lora),
         )
         float32_adapters(trainer.model)
-        if len(trainer.train_dataset) != len(whole):
-            raise BookError(
-                f"TRL kept {len(trainer.train_dataset)} of {len(whole)} training examples: the others have no "
-                "room for their label. Shorten the documents (`tasks.load(…, shorten=…)`)."
-            )
         self.model = trainer.model
         run_training(trainer)
 

@@ -336,16 +336,6 @@ def test_padding_is_not_learned(trainer_of):
     assert (batch["attention_mask"] == 0).any()
 
 
-def test_documents_that_the_trainer_drops_are_an_error(monkeypatch, tiny_model, tiny_task):
-    def drop(self, *args, train_dataset, **kwargs):
-        LabelTokensTrainer.__bases__[0].__init__(self, *args, train_dataset=train_dataset.select(range(10)), **kwargs)
-
-    monkeypatch.setattr(LabelTokensTrainer, "__init__", drop)
-    with pytest.raises(BookError, match="kept 10 of 12") as caught:
-        InstructionTuned(tiny_model, n_layers=1).fit(tiny_task)
-    assert "\n" not in str(caught.value)
-
-
 INSTRUCTION = "Say what this is about, sports or money or tech. The text is: "
 
 

@@ -69,8 +69,12 @@ def read(
     """
     path = Path(path).expanduser()
     columns, names = ([each] if isinstance(each, str) else list(each) for each in (text, label))
-    table = tables.read(path, [*columns, *names, *filter(None, [group])], encoding)
-    warnings = table.attrs["warnings"]
+    wanted = [*columns, *names, *filter(None, [group])]
+    rows = tables.Table(path, wanted, encoding)
+    found = {place: [row.get(name) for name in wanted] for place, row in rows}
+    table, warnings = pd.DataFrame(found.values(), pd.Index(found, name=rows.place), wanted, dtype=object), rows.warnings
+    if table.empty:
+        raise BookError(f"{path.name} has no rows. Give a file with a row for each document.")
     for sign, what in ((HALF_CHARACTER, "half a character, replaced by \ufffd"), (RETURN, "a carriage return, read as a space")):
         found = table.index[table.map(lambda cell, sign=sign: bool(sign.search(str(cell)))).any(axis=1)]
         _note(warnings, found, "row", f"with {what}, first {table.index.name}")

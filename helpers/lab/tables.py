@@ -25,21 +25,6 @@ _RETURN = "\ue00d"  # stands for a carriage return that ends no line, which `csv
 _LOOKED_AT = 1 << 16  # bytes or letters at the beginning of a file that tell zero bytes and line ends
 
 
-def read(path: Path, columns: list[str], encoding: str | None = None) -> pd.DataFrame:
-    """The named columns of a file, of shape (n_rows, len(columns)), nothing guessed: in CSV and TSV every cell is text.
-
-    The index says where a row stands and is called `line` or, in Parquet, `row`; `attrs["warnings"]` says which encoding was
-    found, if it is an old one. BookError: anything that cannot be read, with its line.
-    """
-    rows = Table(path, columns, encoding)
-    found = {place: [row.get(name) for name in columns] for place, row in rows}
-    table = pd.DataFrame(found.values(), pd.Index(found, name=rows.place), columns, dtype=object)
-    if table.empty:
-        raise BookError(f"{path.name} has no rows. Give a file with a row for each document.")
-    table.attrs["warnings"] = rows.warnings
-    return table
-
-
 def utf8_streams(encoding: str | None = None) -> None:
     """Let standard output be UTF-8, whatever the system's locale says, and standard input too, or in `encoding`."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
