@@ -33,7 +33,14 @@ def resumable(folder: str | None, settings: dict) -> Iterator[dict]:
     note = Path(folder).expanduser() / "training.json"
     settings = json.loads(json.dumps(settings))  # as it will be read: a tuple becomes a list
     if note.exists():
-        _check_same(note, settings)
+        before = json.loads(note.read_text(encoding="utf-8"))
+        before, now = ({**DEFAULTS.get(settings["approach"], {}), **each} for each in (before, settings))
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise BookError(
+                    f"{note.parent} holds checkpoints of another training: {name} was {before.get(name)!r}, now it is "
+                    f"{value!r}. Give an empty folder, or the same settings and documents."
+                )
     note.parent.mkdir(parents=True, exist_ok=True)
     write_whole(note, json.dumps(settings, indent=2))
     # two are kept, so that one is complete whenever the process ends
@@ -67,20 +74,6 @@ def run_training(trainer: Trainer) -> None:
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     # Under bf16 the forward pass stays wrapped in autocast; without that, a model predicts what it will when it is loaded.
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-
-
-def _check_same(note: Path, settings: dict) -> None:
-    try:
-        before = json.loads(note.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BookError(f"{note} is damaged ({error.msg}). Delete its folder to train anew, or give another one.") from error
-    before, settings = ({**DEFAULTS.get(settings["approach"], {}), **each} for each in (before, settings))
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise BookError(
-                f"{note.parent} holds checkpoints of another training: {name} was {before.get(name)!r}, now it is "
-                f"{value!r}. Give an empty folder, or the same settings and documents."
-            )
 
 
 def _whole(state: Path) -> bool:

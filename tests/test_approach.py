@@ -228,14 +228,6 @@ def test_padding_side_and_order_do_not_matter(kind, trained, tiny_task, tmp_path
     assert np.allclose(again.predict(backwards, batch_size=2).probabilities[::-1], expected, atol=1e-4)
 
 
-def test_a_damaged_note_is_named(tiny_model, tiny_task, tmp_path):
-    (tmp_path / "training.json").write_text('{"rank": ')
-    with pytest.raises(BookError, match="training.json is damaged") as caught:
-        EmbeddingHead(tiny_model, checkpoints=str(tmp_path), **SETTINGS).fit(tiny_task)
-    assert "\n" not in str(caught.value)
-
-
-@both
 @pytest.mark.parametrize(
     "settings, words",
     [

@@ -13,6 +13,7 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -219,7 +220,7 @@ class AttentionProbe:
     @classmethod
     def fit(cls, states: list[np.ndarray], gold: np.ndarray, C: float = C) -> "AttentionProbe":
         """Fit both with L-BFGS under the penalty of `fit_probe`; `states` has a (n_tokens, hidden_size) for each text."""
-        padded, mask = _padded(states)
+        padded = pad_sequence([torch.as_tensor(each) for each in states], batch_first=True)
         multi_label, functional = gold.ndim == 2, torch.nn.functional
         targets = torch.as_tensor(gold if multi_label else np.eye(gold.max() + 1)[gold], dtype=torch.float32)
         loss = functional.binary_cross_entropy_with_logits if multi_label else functional.cross_entropy
@@ -229,7 +230,7 @@ class AttentionProbe:
         def step() -> torch.Tensor:
             optimizer.zero_grad()
             penalty = (query.square().sum() + coef.square().sum()) / 2
-            total = C * loss(_pooled(padded, mask, query) @ coef.T, targets, reduction="sum") + penalty
+            total = C * loss(_pooled(padded, query) @ coef.T, targets, reduction="sum") + penalty
             total.backward()
             return total
 
@@ -238,16 +239,13 @@ class AttentionProbe:
 
     def decision_function(self, states: list[np.ndarray]) -> np.ndarray:
         """Logits, shape (n_texts, n_labels), as scikit-learn calls them."""
-        return _pooled(*_padded(states), torch.as_tensor(self.query)).numpy() @ self.coef_.T
+        padded = pad_sequence([torch.as_tensor(each) for each in states], batch_first=True)
+        return _pooled(padded, torch.as_tensor(self.query)).numpy() @ self.coef_.T
 
 
-def _padded(states: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    padded = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(each) for each in states], batch_first=True)
-    return padded, torch.arange(padded.shape[1]) < torch.tensor([len(each) for each in states])[:, None]
-
-
-def _pooled(padded: torch.Tensor, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    weights = (padded @ query).masked_fill(~mask, -torch.inf).softmax(-1)
+def _pooled(padded: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    is_padding = ~padded.any(dim=-1)  # no token's state is all zeros
+    weights = (padded @ query).masked_fill(is_padding, -torch.inf).softmax(-1)
     return (padded * weights[..., None]).sum(1)
 
 
