@@ -136,6 +136,10 @@ class Approach:
             approach.shorten = first_tokens(AutoTokenizer.from_pretrained(folder / "tokenizer"), approach.use["tokens"])
         return approach
 
+    def count_tokens(self, texts: list[str]) -> int:
+        """Tokens that the model reads of these texts, padding left out; 0 for approaches without a tokenizer."""
+        return 0
+
 
 @dataclass
 class LoraApproach(Approach):
@@ -205,3 +209,7 @@ class LoraApproach(Approach):
         settings |= {"approach": type(self).__name__, "documents": task.content_hash()}
         with resumable(self.checkpoints, settings) as checkpoints:
             yield options | checkpoints
+
+    def count_tokens(self, texts: list[str]) -> int:
+        """Tokens of the texts as the model reads them: with what stands around them."""
+        return sum(map(len, self.tokenizer(self._prompts(texts)).input_ids))

@@ -161,6 +161,7 @@ def test_batch_size_does_not_matter(approach, tiny_task, request):
     one, many = (approach.predict(tiny_task.test, batch_size=n) for n in (1, 32))
     assert np.allclose(one.probabilities, many.probabilities, atol=1e-4)
     assert np.ptp(one.probabilities, axis=0).max() > 1e-2
+    assert approach.count_tokens(["a text"]) == len(approach.tokenizer("a text" + SUFFIX).input_ids)
 
 
 @pytest.mark.parametrize("approach", ["head", "tuned"])

@@ -139,6 +139,7 @@ def run(key: dict, save: str | Path | None = None, task: tasks.Task | None = Non
     adapter = as_bytes(get_peft_model_state_dict(model), {"format": "pt"}) if isinstance(model, PeftModel) else b""
     cost = {name: getattr(found, name) for name in _COST}
     cost |= {"training_peak_memory": training_peak, "adapter_bytes": len(adapter) or None}
+    cost["tokens"] = approach.count_tokens(tasks.texts_of(task.test))
     blank = Dataset.from_dict({"text": list(CONTENT_FREE), "label": task.validation["label"][:1] * len(CONTENT_FREE)})
     asked = {"validation": task.validation, "content_free": blank} if key.get("validation") else {}
     record = {
