@@ -49,6 +49,7 @@ OPTIONS = "no-sandbox disable-gpu disable-quic no-first-run disable-background-n
 WIDE, PHONE = {"width": 1300, "height": 900}, {"width": 390, "height": 844}
 HEAVY = 1_000_000  # bytes of a page with all that it loads, compressed as GitHub Pages does
 SMALL = 14  # pixels
+PATIENCE = 1000  # milliseconds until the first picture
 CONTRAST = 4.5  # WCAG 2, AA
 
 Visit = namedtuple("Visit", "name page status errors outside")
@@ -482,8 +483,45 @@ def test_page_can_be_read_on_a_phone(visit):
     sizes = page.evaluate("texts('article').map(([text, e]) => [text, parseFloat(getComputedStyle(e).fontSize)])")
     assert sizes
     assert [text for text, size in sizes if 0 < size < SMALL] == []  # a card's link has its name for screen readers only
-    widths = page.eval_on_selector_all("article .output img", "images => images.map(i => i.clientWidth)")
-    assert all(width >= 500 for width in widths)  # narrower, and the labels of the figures cannot be read
+    shown = "images => images.map(i => i.getBoundingClientRect().width / i.naturalWidth)"
+    scales = page.eval_on_selector_all("article .output img", shown)
+    assert all(scale >= 0.59 for scale in scales)  # 66 pixels an inch; with fewer the labels of the figures cannot be read
+
+
+def test_on_a_phone_what_is_wider_fades_until_it_is_scrolled_and_printed_columns_stay(browser, address):
+    page = open_page(browser, address, "book/index.html", viewport=PHONE).page
+    box = page.locator("article .output.text_html:has(> img)").first
+    page.wait_for_function("box => box.matches('.goes-on')", arg=box.element_handle())
+    inside = box.evaluate("box => box.clientWidth / box.firstElementChild.getBoundingClientRect().width")
+    assert inside > 0.75  # of the figure with the book's answer
+    box.evaluate("box => box.scrollTo(box.scrollWidth, 0)")
+    page.wait_for_function("box => !box.matches('.goes-on')", arg=box.element_handle())
+    page.goto(f"{address}/book/04_embedding_head.html")
+    report = page.locator("pre", has_text="macro avg").last
+    line = float(report.evaluate("e => parseFloat(getComputedStyle(e).lineHeight)"))
+    n_lines = len(report.text_content().rstrip("\n").split("\n"))
+    assert report.bounding_box()["height"] < (n_lines + 2.5) * line  # no line of it breaks
+    page.context.close()
+
+
+# When the largest picture of the first screen was painted, in milliseconds after the address was asked for.
+PAINTED = """() => new Promise(found => {
+    new PerformanceObserver(list => list.getEntries().forEach(each => {
+        if (each.element?.tagName == 'IMG') found(each.renderTime || each.loadTime);
+    })).observe({ type: 'largest-contentful-paint', buffered: true });
+    setTimeout(() => found(null), 10000);
+})"""
+
+
+def test_the_first_picture_of_the_front_page_is_there_within_a_second(browser, address):
+    """From this machine, which may have other work: the best of up to ten visits, each with nothing kept from the one before."""
+    times = []
+    while len(times) < 10 and min(times, default=PATIENCE) >= PATIENCE:
+        page = open_page(browser, address, f"{PAGES[0]}.html").page
+        times.append(page.evaluate(PAINTED))
+        page.context.close()
+        assert times[-1] is not None, "no picture on the first screen"
+    assert min(times) < PATIENCE, times
 
 
 # What scrolls sideways in a box of its own.
