@@ -45,7 +45,7 @@ html, body { font-size: 12px; background: white; color: black; height: auto; ove
 .sheet pre { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 .sheet * { max-width: 100%; }
 .sheet :is(pre, table, div) { overflow: visible !important; }
-.sheet :is(img, svg, tr, .sd-card) { break-inside: avoid; }
+.sheet :is(img, svg, tr, table, .sd-card) { break-inside: avoid; }
 .sheet :is(pre, div:not(.sd-card, .cheat-part)) { break-inside: auto !important; orphans: 3; widows: 3; }
 .sheet :is(h1, h2, h3, h4, .admonition-title) { break-after: avoid; }
 .sheet .output img { width: auto !important; max-width: 150mm !important; }
