@@ -517,9 +517,11 @@ def test_the_first_picture_of_the_front_page_is_there_within_a_second(browser, a
     """From this machine, which may have other work: the best of up to ten visits, each with nothing kept from the one before."""
     times = []
     while len(times) < 10 and min(times, default=PATIENCE) >= PATIENCE:
-        page = open_page(browser, address, f"{PAGES[0]}.html").page
+        context = browser.new_context(viewport=WIDE)  # without the eyes of open_page on every request, which take time
+        page = context.new_page()
+        page.goto(f"{address}/{PAGES[0]}.html")
         times.append(page.evaluate(PAINTED))
-        page.context.close()
+        context.close()
         assert times[-1] is not None, "no picture on the first screen"
     assert min(times) < PATIENCE, times
 
