@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = r'(?<=git clone --quiet --depth 1 )https://[^\s"]+(?= book-repo)|(?<=^repository-code: ")[^"]+'
+PLACES = r'(?<=git clone -q --depth 1 )https://[^\s"]+(?= book-repo)|(?<=^repository-code: ")[^"]+'
 
 
 def main(root: Path = ROOT) -> None:

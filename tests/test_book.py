@@ -137,7 +137,7 @@ def test_some_outputs_are_compared(path):
 @every_chapter
 def test_colab_cell_fetches_this_book_and_leaves_torch_alone(path):
     cell = code_cells(read(path))[0].source
-    assert f"git clone --quiet --depth 1 {URL} " in cell
+    assert f"git clone -q --depth 1 {URL} " in cell
     command = re.search(r"!(sed .*?) > colab.txt", cell).group(1).replace("../requirements.txt", "requirements.txt")
     kept = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     installed = [line for line in kept.splitlines() if line and not line.startswith("#")]

@@ -255,7 +255,7 @@ def test_downloads_have_every_cell_and_the_address(site, name):
     assert [cell.source for cell in downloaded] == [cell.source.replace(URL, FORK) for cell in cells]
     script = (site / "_sources" / f"{name}.py").read_text()
     ast.parse(script)  # lines with ! and % are written out
-    assert f"git clone --quiet --depth 1 {FORK} book-repo" in script
+    assert f"git clone -q --depth 1 {FORK} book-repo" in script
     parts = re.split(r"^# %%(?: \[markdown\])?\n", script, flags=re.M)[1:]
     assert len(parts) == len(cells)
     for part, cell in zip(parts, cells, strict=True):

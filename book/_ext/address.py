@@ -13,7 +13,7 @@ from pathlib import Path
 from docutils import nodes
 from sphinx import addnodes
 
-CLONE = re.compile(r"(?<=git clone --quiet --depth 1 )https://\S+")
+CLONE = re.compile(r"(?<=git clone -q --depth 1 )https://\S+")
 
 
 def pages_address(repository: str) -> str:
