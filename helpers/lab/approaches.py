@@ -9,21 +9,34 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from datasets import Dataset
+from peft import get_peft_model
 from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DataCollatorForMultipleChoice,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from trl import SFTTrainer
 
-from helpers import base_models, baselines, embedding_head, instruction, prompts, records
+from helpers import base_models, baselines, embedding_head, instruction, profiles, prompts, records
+from helpers.approach import LoraApproach
+from helpers.checkpoints import run_training, trainer_options
+from helpers.corpora import excerpt
 from helpers.embeddings import C, hidden_states
 from helpers.errors import BookError, unknown_name
-from helpers.frozen_layers import whole_model
+from helpers.frozen_layers import cached_lower_layers, whole_model
 from helpers.lab.search import BestEpochOption
-from helpers.label_scoring import SHORTEST_PREFIX, score_labels
-from helpers.tasks import Task, texts_of
+from helpers.label_scoring import SHORTEST_PREFIX, label_tokens, score_labels
+from helpers.tasks import SPLITS, Task, texts_of
 
 RESULTS = Path(__file__).parents[2] / "book" / "results"
 KEPT = 200  # validation documents, the last ones, that no student sees
@@ -60,6 +73,143 @@ class EmbeddingHead(LoraOptions, embedding_head.EmbeddingHead):
         if not self.causal:
             bidirectional(model)
         return model, tokenizer
+
+
+@dataclass
+class LabelRowsHead(EmbeddingHead):
+    """A head whose rows start as those of the language-model head: a label's `first` token's, or the `mean` of all its tokens'.
+
+    With `train_rows=False` they stay as they are: the language-model head, cut to the labels (chapter 12).
+    """
+
+    probe_init: bool = False
+    rows: str = "first"
+    train_rows: bool = True
+    name: str = "head, label rows"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rows not in ("first", "mean"):
+            raise unknown_name("value of `rows`", self.rows, ("first", "mean"))
+
+    def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model, tokenizer = super()._load_base()
+        ids = label_tokens(self.labels, tokenizer, prompt=f"x{self._frame()[1]}")
+        first = [tokens[0] for tokens in ids]
+        for row in (row for row, token in enumerate(first) if self.rows == "first" and token in first[:row]):
+            pair = f"{self.labels[first.index(first[row])]!r} and {self.labels[row]!r}"
+            raise BookError(f"The labels {pair} begin with the same token, so they would have the same row. Use rows='mean'.")
+        known = base_models.load(self.base_model, precision=self.precision).get_output_embeddings().weight.detach().float()
+        rows = known[first] if self.rows == "first" else torch.stack([known[tokens].mean(0) for tokens in ids])
+        model.score.weight.data.copy_(rows)
+        if not self.train_rows:  # as a buffer neither PEFT nor an optimizer touches them
+            del model.score.weight
+            model.score.register_buffer("weight", rows.clone())
+        return model, tokenizer
+
+
+class CandidateTrainer(Trainer):
+    """Trainer for a model with one score, on `input_ids` of shape (n_documents, n_candidates, n_tokens)."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of a softmax over each document's candidates, the mean of a batch."""
+        tokens = {name: inputs[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+        logits = model(**tokens, use_cache=False).logits.view(len(inputs["labels"]), -1).float()
+        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+@dataclass
+class _Scorer(LoraApproach):
+    """`CandidateScorer` without what all approaches of the lab have."""
+
+    candidates: int | None = None  # labels that a training document is compared with, its own and others at random; None for all
+
+    def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return embedding_head.load_classifier(self.base_model, 1, precision=self.precision)
+
+    def _label_ids(self, asked: list[str]) -> list[list[int]]:
+        """Tokens of each label with a full stop, so that none begins another. BookError: no room behind the longest prompt."""
+        ids = label_tokens(tuple(f"{label}." for label in self.labels), self.tokenizer, prompt=asked[0])
+        longest, room = max(map(len, prompts.encode(asked, self.tokenizer))), self.tokenizer.model_max_length
+        for label, tokens in zip(self.labels, ids, strict=True):
+            if longest + len(tokens) > room:
+                needs = f"{len(tokens)} tokens behind a prompt of {longest}, and the model takes {room}"
+                raise BookError(f"The label {excerpt(label)} needs {needs}. Shorten it, or the documents.")
+        return ids
+
+    def _fit(self, task: Task) -> None:
+        with self._training_options(task) as options:
+            set_seed(self.seed)
+            model, self.tokenizer = self._load_base()
+            asked, generator = self._prompts(texts_of(task.train)), np.random.default_rng(self.seed)
+            ids, pairs = self._label_ids(asked), []
+            for tokens, gold in zip(self.tokenizer(asked).input_ids, task.train["label"], strict=True):
+                others = generator.permutation(np.delete(np.arange(len(ids)), gold))[: (self.candidates or len(ids)) - 1]
+                pairs.append([tokens + ids[label] for label in (gold, *others)])  # the right one first
+            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
+            with cached_lower_layers(model, self.n_layers, self.lower_states):
+                self.model = get_peft_model(model, lora)
+                training = CandidateTrainer(
+                    model=self.model,
+                    args=TrainingArguments(**options, **trainer_options(profiles.current(self.precision))),
+                    train_dataset=Dataset.from_dict({"input_ids": pairs, "label": [0] * len(pairs)}),
+                    data_collator=DataCollatorForMultipleChoice(self.tokenizer),
+                    callbacks=[*self.callbacks],
+                )
+                training.model_accepts_loss_kwargs = False  # as in `train_classifier`
+                run_training(training)
+        self.model.eval()
+        self.trainable_parameters = self.model.num_parameters(only_trainable=True)
+
+    @torch.inference_mode()
+    def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
+        asked, model = self._prompts(texts), self.model.get_base_model()
+        ids, scores = self._label_ids(asked), torch.empty(len(texts), len(self.labels))
+
+        def read(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            where = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            known = {"attention_mask": mask, "position_ids": where, "past_key_values": cache, "use_cache": True}
+            return model.base_model(tokens, **known).last_hidden_state[:, -1]
+
+        with whole_model(self.model):
+            for rows, batch in prompts.batches(asked, self.tokenizer, batch_size, side="left"):
+                batch, cache = batch.to(model.device), DynamicCache(config=model.config)
+                read(batch.input_ids, batch.attention_mask)
+                for label, tokens in enumerate(ids):
+                    mask = torch.nn.functional.pad(batch.attention_mask, (0, len(tokens)), value=1)
+                    scores[rows, label] = model.score(read(mask.new_tensor([tokens] * len(rows)), mask)).squeeze(-1).cpu()
+                    cache.crop(-len(tokens))  # the document stays for the next label
+        return scores.softmax(-1).numpy()
+
+
+def unseen(labels: tuple[str, ...], n: int, seed: int) -> list[str]:
+    """The `n` labels that a `CandidateScorer` with this seed is not trained on, in their order."""
+    return [labels[row] for row in sorted(np.random.default_rng(seed).permutation(len(labels))[:n])]
+
+
+@dataclass
+class CandidateScorer(LoraOptions, _Scorer):
+    """Document + suffix + label → one number, read at the label's last token; softmax over the labels (chapter 12).
+
+    Once it is fitted, `labels` may be set to others: they are scored as those of the training are. With `left_out` no training
+    or validation document has one of so many labels (`unseen`), but all labels are predicted.
+    """
+
+    left_out: int = 0
+    name: str = "candidate scorer"
+
+    def _fit(self, task: Task) -> None:
+        if task.multi_label:
+            raise BookError(f"{task.name}: a softmax over candidates needs one label a document. Use another approach.")
+        hidden = unseen(task.labels, self.left_out, self.seed)
+        kept = [label for label in range(len(task.labels)) if task.labels[label] not in hidden]
+        parts = {split: [row for row in getattr(task, split) if row["label"] in kept] for split in SPLITS}
+        parts = {split: [{**row, "label": kept.index(row["label"])} for row in rows] for split, rows in parts.items()}
+        seen = Task(task.name, tuple(task.labels[label] for label in kept), **{s: Dataset.from_list(r) for s, r in parts.items()})
+        self.labels = seen.labels
+        super()._fit(seen)
+        self.labels = task.labels
 
 
 class PromptLossTrainer(instruction.LabelTokensTrainer):
@@ -335,5 +485,6 @@ class DistilledTfidf(baselines.TfidfSvm):
         self.trainable_parameters = classifier.coef_.size
 
 
-_OURS = (FrozenProbe, FineTunedEncoder, DistilledEncoder, DistilledTfidf, EmbeddingHead, InstructionTuned)
+_OURS = (FrozenProbe, FineTunedEncoder, DistilledEncoder, DistilledTfidf)
+_OURS += (EmbeddingHead, InstructionTuned, LabelRowsHead, CandidateScorer)
 APPROACHES = {each.__name__: each for each in (baselines.Majority, baselines.TfidfSvm, *_OURS)}  # what a sweep may name

@@ -1,0 +1,172 @@
+"""Chapter 12: heads that start from the language model's rows, and a score for a document with a label's text."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from helpers.base_models import load_tokenizer
+from helpers.errors import BookError
+from helpers.lab.approaches import CandidateScorer, LabelRowsHead, unseen
+from helpers.label_scoring import label_tokens, score_labels
+from helpers.tasks import SPLITS, Task
+
+SETTINGS = {"n_layers": 1, "rank": 4, "epochs": 1, "learning_rate": 1e-2}
+TEXTS = ["the goal and one coach", "the bank", "one browser for the laptop and the robot again and again", "a"]
+
+
+@pytest.fixture(scope="module")
+def causal_lm(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model, tiny_task):
+    return CandidateScorer(tiny_model, **SETTINGS).fit(tiny_task)
+
+
+def renamed(task, labels):
+    return Task(task.name, labels, **{split: getattr(task, split) for split in SPLITS})
+
+
+# Heads that start from the language model's rows
+
+
+def test_before_training_the_head_says_what_the_language_model_says(tiny_model, tiny_task, causal_lm):
+    """The rows are the language model's: with a rate of 0 the head's probabilities are those of scoring labels of one token."""
+    head = LabelRowsHead(tiny_model, **SETTINGS | {"learning_rate": 0}).fit(tiny_task)
+    tokenizer = load_tokenizer(tiny_model)
+    assert [len(tokens) for tokens in label_tokens(tiny_task.labels, tokenizer)] == [1, 1, 1]
+    expected = score_labels(head._prompts(TEXTS), tiny_task.labels, causal_lm, tokenizer).softmax(-1)
+    assert np.allclose(head.predict_proba(TEXTS), expected, atol=1e-4)
+
+
+def test_rows_are_of_the_first_token_or_the_mean_of_all(tiny_model, tiny_task, causal_lm):
+    labels = ("stock market", "machine learning", "of a word")
+    ids = label_tokens(labels, load_tokenizer(tiny_model))
+    assert min(map(len, ids)) > 1
+    known = causal_lm.get_output_embeddings().weight.detach()
+    for rows, expected in (
+        ("first", [known[tokens[0]] for tokens in ids]),
+        ("mean", [known[tokens].mean(0) for tokens in ids]),
+    ):
+        head = LabelRowsHead(tiny_model, rows=rows, **SETTINGS | {"learning_rate": 0}).fit(renamed(tiny_task, labels))
+        weight = head.model.get_base_model().score.modules_to_save["default"].weight
+        assert torch.allclose(weight, torch.stack(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("train_rows", [True, False])
+def test_rows_are_trained_or_stay_and_survive_a_round_trip(train_rows, tiny_model, tiny_task, causal_lm, tmp_path):
+    head = LabelRowsHead(tiny_model, train_rows=train_rows, **SETTINGS).fit(tiny_task)
+    first = [tokens[0] for tokens in label_tokens(tiny_task.labels, load_tokenizer(tiny_model))]
+    weight = head.model.get_base_model().score.modules_to_save["default"].weight
+    assert torch.equal(weight, causal_lm.get_output_embeddings().weight[first]) is not train_rows
+    lora = sum(each.numel() for name, each in head.model.named_parameters() if "lora" in name)
+    assert head.trainable_parameters == lora + (3 * 32 if train_rows else 0)
+    again = LabelRowsHead.load(head.save(tmp_path / "saved"))
+    assert np.allclose(again.predict_proba(TEXTS), head.predict_proba(TEXTS), atol=1e-6)
+
+
+def test_with_fixed_rows_the_tuned_blocks_go_back_into_the_language_model(tiny_model, tiny_task, causal_lm):
+    """What is served: an ordinary language model whose next token, of the labels' first ones, is the head's answer."""
+    head = LabelRowsHead(tiny_model, train_rows=False, **SETTINGS).fit(tiny_task)
+    expected, asked = head.predict_proba(TEXTS), head._prompts(TEXTS)
+    served = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    assert not np.allclose(score_labels(asked, tiny_task.labels, served, head.tokenizer).softmax(-1), expected, atol=1e-2)
+    served.model = head.model.merge_and_unload().model
+    assert np.allclose(score_labels(asked, tiny_task.labels, served, head.tokenizer).softmax(-1), expected, atol=1e-4)
+
+
+def test_labels_that_begin_alike_have_no_row_of_a_first_token(tiny_model, tiny_task):
+    alike = renamed(tiny_task, ("stock market", "money", "stock exchange"))
+    with pytest.raises(BookError, match="'stock market' and 'stock exchange' begin with the same token") as caught:
+        LabelRowsHead(tiny_model, **SETTINGS).fit(alike)
+    assert "\n" not in str(caught.value)
+    assert LabelRowsHead(tiny_model, rows="mean", **SETTINGS).fit(alike).predict_proba(TEXTS).shape == (4, 3)
+    with pytest.raises(BookError, match="Did you mean 'first'"):
+        LabelRowsHead(tiny_model, rows="firsts")
+
+
+# The candidate scorer
+
+
+def test_the_scorer_learns_the_training_documents(tiny_model, tiny_task):
+    settings = SETTINGS | {"n_layers": None, "epochs": 15}
+    assert CandidateScorer(tiny_model, **settings).fit(tiny_task).predict(tiny_task.train).correct.all()
+
+
+def test_a_score_is_read_from_document_and_label_alone(scorer, tiny_model):
+    """The shared cache, padding and batches change nothing: each pair alone, read whole, has the same score."""
+    tokenizer, logits = scorer.tokenizer, []
+    with torch.inference_mode():
+        for text in scorer._prompts(TEXTS):
+            pairs = [torch.tensor([tokenizer(f"{text} {label}.").input_ids]) for label in scorer.labels]
+            logits.append([float(scorer.model(pair).logits) for pair in pairs])
+    expected = torch.tensor(logits).softmax(-1).numpy()
+    assert np.ptp(expected, axis=0).min() > 1e-3
+    for size in (1, 3, 32):
+        assert np.allclose(scorer.predict_proba(TEXTS, batch_size=size), expected, atol=1e-4)
+    alone = np.concatenate([scorer.predict_proba([text]) for text in TEXTS])
+    assert np.allclose(alone, expected, atol=1e-4)
+
+
+def test_candidates_in_another_order_and_labels_never_seen(scorer):
+    labels, before = scorer.labels, scorer.predict_proba(TEXTS)
+    try:
+        scorer.labels = labels[::-1]
+        assert np.allclose(scorer.predict_proba(TEXTS)[:, ::-1], before, atol=1e-5)
+        scorer.labels = (*labels, "weather", "a long name of a label")
+        more = scorer.predict_proba(TEXTS)
+        assert more.shape == (4, 5) and np.allclose(more.sum(1), 1, atol=1e-5)
+        assert np.allclose(more[:, :3] / more[:, :3].sum(1, keepdims=True), before, atol=1e-4)
+    finally:
+        scorer.labels = labels
+
+
+def test_the_scorer_survives_a_round_trip(scorer, tmp_path):
+    again = CandidateScorer.load(scorer.save(tmp_path / "saved"))
+    assert np.allclose(again.predict_proba(TEXTS), scorer.predict_proba(TEXTS), atol=1e-6)
+
+
+def test_labels_that_are_left_out_teach_nothing_and_are_scored(tiny_model, tiny_task):
+    hidden = unseen(tiny_task.labels, 1, 0)
+    kept = {split: getattr(tiny_task, split).to_list() for split in SPLITS}
+    for rows in kept.values():
+        for row in rows:
+            if tiny_task.labels[row["label"]] in hidden:
+                row["text"] += " changed"
+    changed = Task("tiny", tiny_task.labels, **{split: Dataset.from_list(rows) for split, rows in kept.items()})
+    said = []
+    for task in (tiny_task, changed):
+        scorer = CandidateScorer(tiny_model, left_out=1, best_epoch=True, **SETTINGS).fit(task)
+        said.append(scorer.predict_proba(TEXTS))
+    assert len(hidden) == 1 and scorer.labels == tiny_task.labels and said[0].shape == (4, 3)
+    assert np.array_equal(*said)
+
+
+def test_fewer_candidates_in_training(tiny_model, tiny_task, scorer):
+    few = CandidateScorer(tiny_model, candidates=2, **SETTINGS).fit(tiny_task)
+    assert few.predict_proba(TEXTS).shape == (4, 3)
+    assert not np.allclose(few.predict_proba(TEXTS), scorer.predict_proba(TEXTS), atol=1e-3)
+
+
+def test_what_cannot_be_scored_is_refused_in_one_line(tiny_model, tiny_task, scorer):
+    labels = scorer.labels
+    try:
+        for wrong, message in (
+            (("sports", "sports"), "cannot tell the labels 'sports.' and 'sports.' apart"),
+            (("sports", "word " * 9000), r"The label 'word .*' needs \d+ tokens behind a prompt of \d+, and the model takes \d+"),
+        ):
+            scorer.labels = wrong
+            with pytest.raises(BookError, match=message) as caught:
+                scorer.predict_proba(TEXTS)
+            assert "\n" not in str(caught.value)
+    finally:
+        scorer.labels = labels
+    several = {}
+    for split in SPLITS:
+        rows = [{**row, "label": np.eye(3, dtype=int)[row["label"]].tolist()} for row in getattr(tiny_task, split)]
+        several[split] = Dataset.from_list(rows)
+    with pytest.raises(BookError, match="needs one label a document"):
+        CandidateScorer(tiny_model, **SETTINGS).fit(Task("several", tiny_task.labels, **several, multi_label=True))
