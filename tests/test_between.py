@@ -1,15 +1,20 @@
 """Chapter 12: heads that start from the language model's rows, and a score for a document with a label's text."""
 
+import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import BOOK, glued_in
 from datasets import Dataset
+from sklearn.metrics import f1_score
 from transformers import AutoModelForCausalLM
 
 from helpers.base_models import load_tokenizer
 from helpers.errors import BookError
 from helpers.lab.approaches import CandidateScorer, LabelRowsHead, unseen
 from helpers.label_scoring import label_tokens, score_labels
+from helpers.records import read
 from helpers.tasks import SPLITS, Task
 
 SETTINGS = {"n_layers": 1, "rank": 4, "epochs": 1, "learning_rate": 1e-2}
@@ -170,3 +175,58 @@ def test_what_cannot_be_scored_is_refused_in_one_line(tiny_model, tiny_task, sco
         several[split] = Dataset.from_list(rows)
     with pytest.raises(BookError, match="needs one label a document"):
         CandidateScorer(tiny_model, **SETTINGS).fit(Task("several", tiny_task.labels, **several, multi_label=True))
+
+
+@pytest.mark.parametrize("n", [0, 2, 5])
+def test_labels_are_left_out_by_seed_in_their_order(n):
+    labels = ("a", "b", "c", "d", "e")
+    drawn = [unseen(labels, n, seed) for seed in range(40)]
+    assert all(each == sorted(set(each)) and len(each) == n for each in drawn)
+    assert drawn[3] == unseen(labels, n, 3)
+    assert len({label for each in drawn for label in each}) == (5 if n else 0)
+
+
+# The chapter
+
+
+def f1_by_seed(name):
+    """Macro-F1 in percent, computed once more from the probabilities."""
+    found = {}
+    for path in ("fair", "between"):
+        for record in read(BOOK / "results" / f"{path}.jsonl"):
+            key = record["key"]
+            if (key["task"], key["options"].get("per_class"), record["name"]) == ("bbc-headlines", 8, name):
+                predicted = np.argmax(record["probabilities"], axis=1)
+                found[key["seed"]] = 100 * f1_score(record["gold"], predicted, average="macro")
+    return found
+
+
+def test_what_the_chapter_says_of_the_first_seed_is_in_the_records():
+    glued = glued_in("12_between_head_and_prompt")
+    names = {
+        "random": "head, random start",
+        "rows": "head, label rows",
+        "bare": "instruction, bare",
+        "probe": "head, probe start",
+    }
+    for short, name in names.items():
+        assert float("".join(glued[f"{short}_0"]["text/plain"])) == pytest.approx(f1_by_seed(name)[0], abs=0.01), name
+
+
+def test_the_claim_fails_when_more_is_recorded_than_the_text_says_or_the_order_changes():
+    cells = nbformat.read(BOOK / "12_between_head_and_prompt.ipynb", 4).cells
+    (claim,) = [cell.source for cell in cells if "claim" in cell.metadata.get("tags", [])]
+    scores = {name: f1_by_seed(name) for name in ("head, random start", "instruction, bare", "head, label rows")}
+    scores = {name: {seed: f1 for seed, f1 in of.items() if seed < 3} for name, of in scores.items()}
+    scores |= {"head, label rows": {0: scores["head, label rows"][0]}, "head, label rows fixed": {}}
+    records = [record for record in read(BOOK / "results" / "fair.jsonl") if record["name"] == "head, probe start"]
+    names = {"f1": scores, "torch": torch, "glue": lambda *_: None, "PLACE": "place", "on_labels": [0.0]}
+    names["before"] = pd.Series({"random rows": 0.2, "rows": 0.5, "probe": 0.7})
+    names |= dict.fromkeys(("five", "scored", "cut", "served"), torch.ones(1))
+    names["recorded"] = {("place", "head, probe start"): [r for r in records if r["key"]["options"]["per_class"] == 8]}
+    exec(claim, dict(names))
+    more = scores | {"head, label rows": scores["head, label rows"] | {1: 70.0}}
+    ahead = scores | {"head, label rows": {0: 99.0}}
+    for changed in ({"f1": more}, {"f1": ahead}, {"served": torch.zeros(1)}, {"before": names["before"][::-1]}):
+        with pytest.raises(AssertionError):
+            exec(claim, names | changed)
