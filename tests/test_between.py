@@ -18,6 +18,7 @@ from helpers.records import read
 from helpers.tasks import SPLITS, Task
 
 SETTINGS = {"n_layers": 1, "rank": 4, "epochs": 1, "learning_rate": 1e-2}
+CHAPTER = BOOK / "12_between_head_and_prompt.ipynb"
 TEXTS = ["the goal and one coach", "the bank", "one browser for the laptop and the robot again and again", "a"]
 
 
@@ -188,9 +189,11 @@ def test_labels_are_left_out_by_seed_in_their_order(n):
 
 # The chapter
 
+STEPS = ("head, random start", "head, label rows", "head, label rows fixed", "instruction, bare", "candidate scorer")
+
 
 def f1_by_seed(name):
-    """Macro-F1 in percent, computed once more from the probabilities."""
+    """Macro-F1 in percent of the first three seeds, computed once more from the probabilities."""
     found = {}
     for path in ("fair", "between"):
         for record in read(BOOK / "results" / f"{path}.jsonl"):
@@ -198,35 +201,57 @@ def f1_by_seed(name):
             if (key["task"], key["options"].get("per_class"), record["name"]) == ("bbc-headlines", 8, name):
                 predicted = np.argmax(record["probabilities"], axis=1)
                 found[key["seed"]] = 100 * f1_score(record["gold"], predicted, average="macro")
-    return found
+    return {seed: found[seed] for seed in sorted(found) if seed < 3}
+
+
+def cells_with(tag):
+    return [cell.source for cell in nbformat.read(CHAPTER, 4).cells if tag in cell.metadata.get("tags", [])]
+
+
+def said(glued, name):
+    return float("".join(glued[name]["text/plain"]))
 
 
 def test_what_the_chapter_says_of_the_first_seed_is_in_the_records():
-    glued = glued_in("12_between_head_and_prompt")
-    names = {
-        "random": "head, random start",
-        "rows": "head, label rows",
-        "bare": "instruction, bare",
-        "probe": "head, probe start",
-    }
+    glued = glued_in(CHAPTER.stem)
+    names = dict(zip(("random", "rows", None, "bare", "scorer"), STEPS, strict=True)) | {"probe": "head, probe start"}
     for short, name in names.items():
-        assert float("".join(glued[f"{short}_0"]["text/plain"])) == pytest.approx(f1_by_seed(name)[0], abs=0.01), name
+        if short:
+            assert said(glued, f"{short}_0") == pytest.approx(f1_by_seed(name)[0], abs=0.01), name
 
 
-def test_the_claim_fails_when_more_is_recorded_than_the_text_says_or_the_order_changes():
-    cells = nbformat.read(BOOK / "12_between_head_and_prompt.ipynb", 4).cells
-    (claim,) = [cell.source for cell in cells if "claim" in cell.metadata.get("tags", [])]
-    scores = {name: f1_by_seed(name) for name in ("head, random start", "instruction, bare", "head, label rows")}
-    scores = {name: {seed: f1 for seed, f1 in of.items() if seed < 3} for name, of in scores.items()}
-    scores |= {"head, label rows": {0: scores["head, label rows"][0]}, "head, label rows fixed": {}}
-    records = [record for record in read(BOOK / "results" / "fair.jsonl") if record["name"] == "head, probe start"]
-    names = {"f1": scores, "torch": torch, "glue": lambda *_: None, "PLACE": "place", "on_labels": [0.0]}
+def test_what_is_said_of_labels_never_seen_is_in_the_records():
+    (record,) = [
+        record
+        for record in read(BOOK / "results" / "between.jsonl")
+        if (record["name"], record["key"]["seed"]) == ("instruction, not trained", 0)
+    ]
+    left_out = unseen(tuple(record["labels"]), 2, 0)
+    right = {"two": [], "five": []}
+    for row, gold in zip(record["probabilities"], record["gold"], strict=True):
+        by_label = dict(zip(record["labels"], row, strict=True))
+        if record["labels"][gold] in left_out:
+            right["five"].append(max(by_label, key=by_label.get) == record["labels"][gold])
+            right["two"].append(max(left_out, key=by_label.get) == record["labels"][gold])
+    for of, values in right.items():
+        assert said(glued_in(CHAPTER.stem), f"untrained_{of}") == pytest.approx(100 * np.mean(values), abs=0.3)
+
+
+def test_the_claims_fail_when_the_order_changes_or_the_parts_are_no_longer_equal():
+    of_steps, of_unseen = cells_with("claim")
+    first = {name: dict(list(f1_by_seed(name).items())[:2]) for name in STEPS}  # as the text has it
+    names = {"f1": first | {name: f1_by_seed(name) for name in (STEPS[0], STEPS[3])}, "STEPS": STEPS, "PLACE": "place"}
+    names |= {"torch": torch, "glue": lambda *_: None, "on_labels": [0.0, 0.0]}
     names["before"] = pd.Series({"random rows": 0.2, "rows": 0.5, "probe": 0.7})
     names |= dict.fromkeys(("five", "scored", "cut", "served"), torch.ones(1))
-    names["recorded"] = {("place", "head, probe start"): [r for r in records if r["key"]["options"]["per_class"] == 8]}
-    exec(claim, dict(names))
-    more = scores | {"head, label rows": scores["head, label rows"] | {1: 70.0}}
-    ahead = scores | {"head, label rows": {0: 99.0}}
-    for changed in ({"f1": more}, {"f1": ahead}, {"served": torch.zeros(1)}, {"before": names["before"][::-1]}):
+    probe = {"key": {"seed": 0}, "metrics": {"macro_f1": 0.6}}
+    names["recorded"] = {("place", "head, probe start"): [probe]}
+    exec(of_steps, dict(names))
+    ahead = names["f1"] | {"head, label rows": {0: 99.0, 1: 99.0}}
+    for changed in ({"f1": ahead}, {"served": torch.zeros(1)}, {"scored": torch.zeros(1)}, {"before": names["before"][::-1]}):
         with pytest.raises(AssertionError):
-            exec(claim, names | changed)
+            exec(of_steps, names | changed)
+    names |= {"found": {"MiniLM": [90.0, 60.0], "untrained": [75.0, 30.0]}}
+    exec(of_unseen, dict(names))
+    with pytest.raises(AssertionError):
+        exec(of_unseen, names | {"found": {"MiniLM": [75.0, 30.0], "untrained": [75.0, 30.0]}})
