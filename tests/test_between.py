@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from helpers.base_models import load_tokenizer
 from helpers.errors import BookError
 from helpers.lab.approaches import CandidateScorer, LabelRowsHead, unseen
+from helpers.lab.statistics import of_settings, over_seeds
 from helpers.label_scoring import label_tokens, score_labels
-from helpers.records import read
+from helpers.records import predictions_of, read
 from helpers.tasks import SPLITS, Task
 
 SETTINGS = {"n_layers": 1, "rank": 4, "epochs": 1, "learning_rate": 1e-2}
@@ -212,12 +213,14 @@ def said(glued, name):
     return float("".join(glued[name]["text/plain"]))
 
 
-def test_what_the_chapter_says_of_the_first_seed_is_in_the_records():
+def test_the_steps_are_those_of_the_records():
     glued = glued_in(CHAPTER.stem)
-    names = dict(zip(("random", "rows", None, "bare", "scorer"), STEPS, strict=True)) | {"probe": "head, probe start"}
-    for short, name in names.items():
-        if short:
-            assert said(glued, f"{short}_0") == pytest.approx(f1_by_seed(name)[0], abs=0.01), name
+    assert said(glued, "scorer_0") == pytest.approx(f1_by_seed("candidate scorer")[0], abs=0.01)
+    steps = {"start": (STEPS[1], STEPS[0]), "trained": (STEPS[2], STEPS[1]), "loss": (STEPS[3], STEPS[2])}
+    for name, (a, b) in steps.items():
+        expected = np.mean([f1_by_seed(a)[seed] - f1_by_seed(b)[seed] for seed in (0, 1, 2)])
+        assert said(glued, f"{name}_difference") == pytest.approx(expected, abs=0.02)
+        assert said(glued, f"{name}_low") < expected < said(glued, f"{name}_high")
 
 
 def test_what_is_said_of_labels_never_seen_is_in_the_records():
@@ -239,16 +242,20 @@ def test_what_is_said_of_labels_never_seen_is_in_the_records():
 
 def test_the_claims_fail_when_the_order_changes_or_the_parts_are_no_longer_equal():
     of_steps, of_unseen = cells_with("claim")
-    first = {name: dict(list(f1_by_seed(name).items())[:2]) for name in STEPS}  # as the text has it
-    names = {"f1": first | {name: f1_by_seed(name) for name in (STEPS[0], STEPS[3])}, "STEPS": STEPS, "PLACE": "place"}
-    names |= {"torch": torch, "glue": lambda *_: None, "on_labels": [0.0, 0.0]}
+    scores = {name: f1_by_seed(name) for name in STEPS}
+    recorded = of_settings([record for path in ("fair", "between") for record in read(BOOK / "results" / f"{path}.jsonl")])
+    names = {"f1": scores, "STEPS": STEPS, "PLACE": "bbc-headlines, 8", "recorded": recorded, "np": np, "torch": torch}
+    names |= {"glue": lambda *_: None, "on_labels": [0.0, 0.0], "predictions_of": predictions_of, "over_seeds": over_seeds}
     names["before"] = pd.Series({"random rows": 0.2, "rows": 0.5, "probe": 0.7})
     names |= dict.fromkeys(("five", "scored", "cut", "served"), torch.ones(1))
-    probe = {"key": {"seed": 0}, "metrics": {"macro_f1": 0.6}}
-    names["recorded"] = {("place", "head, probe start"): [probe]}
     exec(of_steps, dict(names))
-    ahead = names["f1"] | {"head, label rows": {0: 99.0, 1: 99.0}}
-    for changed in ({"f1": ahead}, {"served": torch.zeros(1)}, {"scored": torch.zeros(1)}, {"before": names["before"][::-1]}):
+    no_loss = recorded | {("bbc-headlines, 8", STEPS[3]): recorded["bbc-headlines, 8", STEPS[2]]}
+    for changed in (
+        {"recorded": no_loss},
+        {"served": torch.zeros(1)},
+        {"scored": torch.zeros(1)},
+        {"before": names["before"][::-1]},
+    ):
         with pytest.raises(AssertionError):
             exec(of_steps, names | changed)
     names |= {"found": {"MiniLM": [90.0, 60.0], "untrained": [75.0, 30.0]}}
