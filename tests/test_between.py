@@ -215,7 +215,6 @@ def said(glued, name):
 
 def test_the_steps_are_those_of_the_records():
     glued = glued_in(CHAPTER.stem)
-    assert said(glued, "scorer_0") == pytest.approx(f1_by_seed("candidate scorer")[0], abs=0.01)
     steps = {"start": (STEPS[1], STEPS[0]), "trained": (STEPS[2], STEPS[1]), "loss": (STEPS[3], STEPS[2])}
     for name, (a, b) in steps.items():
         expected = np.mean([f1_by_seed(a)[seed] - f1_by_seed(b)[seed] for seed in (0, 1, 2)])
@@ -223,21 +222,28 @@ def test_the_steps_are_those_of_the_records():
         assert said(glued, f"{name}_low") < expected < said(glued, f"{name}_high")
 
 
-def test_what_is_said_of_labels_never_seen_is_in_the_records():
-    (record,) = [
-        record
-        for record in read(BOOK / "results" / "between.jsonl")
-        if (record["name"], record["key"]["seed"]) == ("instruction, not trained", 0)
-    ]
-    left_out = unseen(tuple(record["labels"]), 2, 0)
-    right = {"two": [], "five": []}
-    for row, gold in zip(record["probabilities"], record["gold"], strict=True):
-        by_label = dict(zip(record["labels"], row, strict=True))
-        if record["labels"][gold] in left_out:
-            right["five"].append(max(by_label, key=by_label.get) == record["labels"][gold])
-            right["two"].append(max(left_out, key=by_label.get) == record["labels"][gold])
-    for of, values in right.items():
-        assert said(glued_in(CHAPTER.stem), f"untrained_{of}") == pytest.approx(100 * np.mean(values), abs=0.3)
+@pytest.mark.parametrize(
+    "name, short", [("instruction, not trained", "untrained"), (f"{STEPS[4]}, two labels left out", "scorer")]
+)
+def test_what_is_said_of_labels_never_seen_is_in_the_records(name, short):
+    made = [record for record in read(BOOK / "results" / "between.jsonl") if record["name"] == name]
+    assert sorted(record["key"]["seed"] for record in made) == [0, 1, 2]
+    shares = {"two": [], "five": [], "others": []}
+    for record in made:
+        left_out = unseen(tuple(record["labels"]), 2, record["key"]["seed"])
+        right = {name: [] for name in shares}
+        for row, gold in zip(record["probabilities"], record["gold"], strict=True):
+            by_label, answer = dict(zip(record["labels"], row, strict=True)), record["labels"][gold]
+            said_of_all = max(by_label, key=by_label.get) == answer
+            if answer in left_out:
+                right["five"].append(said_of_all)
+                right["two"].append(max(left_out, key=by_label.get) == answer)
+            else:
+                right["others"].append(said_of_all)
+        for of, values in right.items():
+            shares[of].append(100 * np.mean(values))
+    for of, values in shares.items():
+        assert said(glued_in(CHAPTER.stem), f"{short}_{of}") == pytest.approx(np.mean(values), abs=0.5)
 
 
 def test_the_claims_fail_when_the_order_changes_or_the_parts_are_no_longer_equal():
@@ -258,7 +264,15 @@ def test_the_claims_fail_when_the_order_changes_or_the_parts_are_no_longer_equal
     ):
         with pytest.raises(AssertionError):
             exec(of_steps, names | changed)
-    names |= {"found": {"MiniLM": [90.0, 60.0], "untrained": [75.0, 30.0]}}
-    exec(of_unseen, dict(names))
-    with pytest.raises(AssertionError):
-        exec(of_unseen, names | {"found": {"MiniLM": [75.0, 30.0], "untrained": [75.0, 30.0]}})
+    found = {"MiniLM": [[90.0, 60.0, 60.0]] * 3, "untrained": [[75.0, 30.0, 57.0]] * 3, "scorer": [[60.0, 50.0, 30.0]] * 3}
+    exec(of_unseen, names | {"found": found})
+    for name, column, value in (
+        ("scorer", 0, 80.0),
+        ("scorer", 0, 95.0),
+        ("scorer", 2, 55.0),
+        ("MiniLM", 0, 70.0),
+        ("scorer", 1, 20.0),
+    ):
+        changed = [value if number == column else each for number, each in enumerate(found[name][0])]
+        with pytest.raises(AssertionError):
+            exec(of_unseen, names | {"found": found | {name: [changed] * 3}})
