@@ -228,6 +228,7 @@ def test_padding_side_and_order_do_not_matter(kind, trained, tiny_task, tmp_path
     assert np.allclose(again.predict(backwards, batch_size=2).probabilities[::-1], expected, atol=1e-4)
 
 
+@both
 @pytest.mark.parametrize(
     "settings, words",
     [
