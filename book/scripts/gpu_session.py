@@ -48,7 +48,7 @@ BOOK = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(BOOK.parent))
 import helpers  # noqa: E402, F401
 
-SHARES = {"steps": 25, "prediction": 10, "chapters": 65, "fair": 0}
+SHARES = {"steps": 25, "prediction": 10, "chapters": 65, "fair": 65}
 AT_A_TIME = 6  # chapters
 PATIENCE = 240  # seconds of a cell
 WORKERS = 12  # of the comparison: runs of a small model leave a GPU idle
@@ -312,18 +312,10 @@ def fair_keys(tiny: str | None = None) -> list[dict]:
             wanted.append(block | {"approaches": ways})
 
     def order(key: dict) -> list:
-        here = key["task"] in SETTINGS
-        place = (
-            SETTINGS.index(key["task"])
-            if here
-            else -key["options"]["per_class"]
-        )
-        return [
-            key["settings"]["name"] not in WAYS,
-            not here,
-            key["seed"],
-            place,
-        ]
+        task, later = key["task"], key["settings"]["name"] not in WAYS
+        place = [*SETTINGS, task].index(task)
+        per_class = key["options"]["per_class"]
+        return [later, task not in SETTINGS, key["seed"], place, -per_class]
 
     return sorted(sweeps.keys(wanted[:1] if tiny else wanted), key=order)
 
@@ -429,11 +421,9 @@ def run(session: Session, only: list[str]) -> None:
     rest = [stage for stage in ("chapters", "fair") if stage in only]
     todo = [[stage] for stage in only if stage not in rest]
     todo += [rest] if rest else []
-    shares = [sum(SHARES[stage] for stage in stages) for stages in todo]
+    shares = [max(SHARES[stage] for stage in stages) for stages in todo]
     for number, stages in enumerate(todo):
-        last = number + 1 == len(todo)
-        part = 1 if last else shares[number] / sum(shares[number:])
-        share = session.left() * part
+        share = session.left() * shares[number] / sum(shares[number:])
         mine = Session(session.out, time.time() + share, session.tiny)
         running = {stage: begin(mine, stage) for stage in stages}
         start = time.time()
