@@ -37,14 +37,14 @@ from helpers import base_models, corpora, downloads, profiles, records, tasks
 from helpers.checkpoints import write_whole
 from helpers.errors import BookError, unknown_name
 from helpers.evaluation import Predictions, evaluate
-from helpers.lab import search
+from helpers.lab import as_it_comes, search
 from helpers.lab.approaches import APPROACHES
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "scikit-learn")
 CONTENT_FREE = ("N/A", "[MASK]", "...")  # what contextual calibration asks about (Zhao et al. 2021, arXiv 2102.09690)
 _COST = ("training_seconds", "seconds", "documents_per_second", "trainable_parameters")
 _SWEEP = {"tasks": list, "seeds": list, "approaches": list, "validation": bool, "base_model": str, "full": dict}
-_OPTIONS = ("words", "tokens", "per_class", "n_train", "n_validation", "n_test", "conflicting")
+_OPTIONS = ("words", "tokens", "part", "per_class", "n_train", "n_validation", "n_test", "conflicting", "wrong_labels", "kept")
 
 
 def provenance(precision: str | None = None) -> dict:
@@ -92,14 +92,26 @@ def append(path: str | Path, record: dict) -> bool:
 
 
 def load_task(key: dict) -> tasks.Task:
-    """The task of a run in the splits of its seed, its documents cut to `words`, or to `tokens` of the base model `tokenizer`."""
+    """The task of a run in the splits of its seed, its documents cut to `words`, or to `tokens` of the base model `tokenizer`.
+
+    `part`, `wrong_labels` and `kept` are those of `as_it_comes`.
+    """
     options, source = dict(key["options"]), corpora.TASKS[key["task"]]
     tokenizer = options.pop("tokenizer", base_models.DEFAULT)
     if "words" in options:
         options["shorten"] = tasks.first_words(options.pop("words"))
-    if "tokens" in options:
+    documents, part = source.read(), options.pop("part", None)
+    if part:
+        model_tokenizer = base_models.load_tokenizer(tokenizer)
+        documents = as_it_comes.distinct(documents, model_tokenizer)
+        options["shorten"] = as_it_comes.part_of(model_tokenizer, options.pop("tokens", None), part)
+    elif "tokens" in options:
         options["shorten"] = tasks.first_tokens(base_models.load_tokenizer(tokenizer), options.pop("tokens"))
-    return tasks.split(key["task"], source.read(), **{"conflicting": source.conflicting, "seed": key["seed"], **options})
+    share, kept = options.pop("wrong_labels", None), options.pop("kept", None)
+    task = tasks.split(key["task"], documents, **{"conflicting": source.conflicting, "seed": key["seed"], **options})
+    if share is not None:
+        task = as_it_comes.wrong_labels(task, share, key["seed"])
+    return task if kept is None else as_it_comes.rare_labels(task, kept, key["seed"])
 
 
 def test_set(task: tasks.Task) -> str:
