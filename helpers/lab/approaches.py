@@ -5,7 +5,7 @@ A setting that is added here or in `helpers` also goes, with its default, into `
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DataCollatorForMultipleChoice,
     DynamicCache,
@@ -119,11 +118,35 @@ class CandidateTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
 
+def unseen(labels: tuple[str, ...], n: int, seed: int) -> list[str]:
+    """The `n` labels that a `CandidateScorer` with this seed is not trained on, in their order."""
+    return [labels[row] for row in sorted(np.random.default_rng(seed).permutation(len(labels))[:n])]
+
+
 @dataclass
-class _Scorer(LoraApproach):
-    """`CandidateScorer` without what all approaches of the lab have."""
+class CandidateScorer(LoraOptions, LoraApproach):
+    """Document + suffix + label → one number, read at the label's last token; softmax over the labels (chapter 12).
+
+    Once it is fitted, `labels` may be set to others: they are scored as those of the training are. With `left_out` no training
+    or validation document has one of so many labels (`unseen`), but all labels are predicted.
+    """
 
     candidates: int | None = None  # labels that a training document is compared with, its own and others at random; None for all
+    left_out: int = 0
+    name: str = "candidate scorer"
+
+    def fit(self, task: Task) -> Self:
+        """As `Approach.fit`. BookError: documents have several labels."""
+        if task.multi_label:
+            raise BookError(f"{task.name}: a softmax over candidates needs one label a document. Use another approach.")
+        hidden, splits = unseen(task.labels, self.left_out, self.seed), {}
+        kept = [label for label in task.labels if label not in hidden]
+        for split in SPLITS:
+            rows = [(row, task.labels[row["label"]]) for row in getattr(task, split)]
+            splits[split] = Dataset.from_list([{**row, "label": kept.index(label)} for row, label in rows if label in kept])
+        super().fit(Task(task.name, tuple(kept), **splits))
+        self.labels = task.labels
+        return self
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return embedding_head.load_classifier(self.base_model, 1, precision=self.precision)
@@ -168,7 +191,7 @@ class _Scorer(LoraApproach):
         ids, scores = self._label_ids(asked), torch.empty(len(texts), len(self.labels))
 
         def read(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            where = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            where = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]  # as `label_scoring` counts
             known = {"attention_mask": mask, "position_ids": where, "past_key_values": cache, "use_cache": True}
             return model.base_model(tokens, **known).last_hidden_state[:, -1]
 
@@ -181,35 +204,6 @@ class _Scorer(LoraApproach):
                     scores[rows, label] = model.score(read(mask.new_tensor([tokens] * len(rows)), mask)).squeeze(-1).cpu()
                     cache.crop(-len(tokens))  # the document stays for the next label
         return scores.softmax(-1).numpy()
-
-
-def unseen(labels: tuple[str, ...], n: int, seed: int) -> list[str]:
-    """The `n` labels that a `CandidateScorer` with this seed is not trained on, in their order."""
-    return [labels[row] for row in sorted(np.random.default_rng(seed).permutation(len(labels))[:n])]
-
-
-@dataclass
-class CandidateScorer(LoraOptions, _Scorer):
-    """Document + suffix + label → one number, read at the label's last token; softmax over the labels (chapter 12).
-
-    Once it is fitted, `labels` may be set to others: they are scored as those of the training are. With `left_out` no training
-    or validation document has one of so many labels (`unseen`), but all labels are predicted.
-    """
-
-    left_out: int = 0
-    name: str = "candidate scorer"
-
-    def _fit(self, task: Task) -> None:
-        if task.multi_label:
-            raise BookError(f"{task.name}: a softmax over candidates needs one label a document. Use another approach.")
-        hidden = unseen(task.labels, self.left_out, self.seed)
-        kept = [label for label in range(len(task.labels)) if task.labels[label] not in hidden]
-        parts = {split: [row for row in getattr(task, split) if row["label"] in kept] for split in SPLITS}
-        parts = {split: [{**row, "label": kept.index(row["label"])} for row in rows] for split, rows in parts.items()}
-        seen = Task(task.name, tuple(task.labels[label] for label in kept), **{s: Dataset.from_list(r) for s, r in parts.items()})
-        self.labels = seen.labels
-        super()._fit(seen)
-        self.labels = task.labels
 
 
 class PromptLossTrainer(instruction.LabelTokensTrainer):
@@ -370,17 +364,16 @@ class AttentionProbe:
     @classmethod
     def fit(cls, states: list[np.ndarray], gold: np.ndarray, C: float = C) -> "AttentionProbe":
         """Fit both with L-BFGS under the penalty of `fit_probe`; `states` has a (n_tokens, hidden_size) for each text."""
-        padded = pad_sequence([torch.as_tensor(each) for each in states], batch_first=True)
         multi_label, functional = gold.ndim == 2, torch.nn.functional
         targets = torch.as_tensor(gold if multi_label else np.eye(gold.max() + 1)[gold], dtype=torch.float32)
         loss = functional.binary_cross_entropy_with_logits if multi_label else functional.cross_entropy
-        query, coef = (torch.zeros(*size, padded.shape[-1], requires_grad=True) for size in ((), targets.shape[1:]))
+        query, coef = (torch.zeros(*size, states[0].shape[-1], requires_grad=True) for size in ((), targets.shape[1:]))
         optimizer = torch.optim.LBFGS([query, coef], max_iter=200, line_search_fn="strong_wolfe")
 
         def step() -> torch.Tensor:
             optimizer.zero_grad()
             penalty = (query.square().sum() + coef.square().sum()) / 2
-            total = C * loss(_pooled(padded, query) @ coef.T, targets, reduction="sum") + penalty
+            total = C * loss(_pooled(states, query) @ coef.T, targets, reduction="sum") + penalty
             total.backward()
             return total
 
@@ -389,14 +382,11 @@ class AttentionProbe:
 
     def decision_function(self, states: list[np.ndarray]) -> np.ndarray:
         """Logits, shape (n_texts, n_labels), as scikit-learn calls them."""
-        padded = pad_sequence([torch.as_tensor(each) for each in states], batch_first=True)
-        return _pooled(padded, torch.as_tensor(self.query)).numpy() @ self.coef_.T
+        return _pooled(states, torch.as_tensor(self.query)).numpy() @ self.coef_.T
 
 
-def _pooled(padded: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    is_padding = ~padded.any(dim=-1)  # no token's state is all zeros
-    weights = (padded @ query).masked_fill(is_padding, -torch.inf).softmax(-1)
-    return (padded * weights[..., None]).sum(1)
+def _pooled(states: list[np.ndarray], query: torch.Tensor) -> torch.Tensor:
+    return torch.stack([(text @ query).softmax(0) @ text for text in map(torch.as_tensor, states)])
 
 
 @dataclass
@@ -433,7 +423,7 @@ def training_targets(task: Task, teacher: str, of: str, seed: int) -> tuple[list
     Returns:
         Texts, and probabilities of shape (n_texts, n_labels): one-hot for training documents.
     """
-    path = Path(teacher) if teacher.endswith(".jsonl") else RESULTS / f"{teacher}.jsonl"
+    path = (RESULTS / teacher).with_suffix(".jsonl")
     if task.multi_label or len(task.validation) <= KEPT:
         raise BookError(f"{task.name}: students need one label a document and more than {KEPT} validation documents.")
     wanted = (of, seed, task.content_hash())

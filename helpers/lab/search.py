@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from datasets import Dataset
@@ -84,11 +85,12 @@ class BestEpochOption:
 
     best_epoch: bool = False
 
-    def _fit(self, task: Task) -> None:
+    def fit(self, task: Task) -> Self:
+        """As `Approach.fit`. BookError: the best epoch together with checkpoints."""
         if self.best_epoch and getattr(self, "checkpoints", None):
             raise BookError("The best epoch is known only to a training in one piece: use checkpoints=None with best_epoch.")
         self.callbacks = [BestEpoch(self, task.validation)] if self.best_epoch else []
-        super()._fit(task)
+        return super().fit(task)
 
 
 def fit(approach: Approach, task: Task) -> list[dict]:
