@@ -16,12 +16,13 @@ from typing import ClassVar, Self
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from helpers import base_models, profiles, prompts
 from helpers.checkpoints import resumable, write_whole
 from helpers.errors import BookError, check_texts
 from helpers.evaluation import Predictions, measure
+from helpers.frozen_layers import cached_lower_layers
 from helpers.records import DEFAULTS
 from helpers.tasks import Task, column, first_tokens, texts_of
 
@@ -145,8 +146,8 @@ class Approach:
 class LoraApproach(Approach):
     """An approach that trains an adapter on a causal base model: `EmbeddingHead` or `InstructionTuned`.
 
-    Subclasses also have `_load_base() -> (model, tokenizer)`. Rank and learning rate were chosen on validation documents of
-    BBC News, 32 per class.
+    Subclasses have `_load_base() -> (model, tokenizer)` and `_train(task, options)`, which puts an adapter on `model` and trains
+    it. Rank and learning rate were chosen on validation documents of BBC News, 32 per class.
     """
 
     base_model: str = base_models.DEFAULT
@@ -175,6 +176,16 @@ class LoraApproach(Approach):
         if not isinstance(self.learning_rate, (int, float)) or not self.learning_rate >= 0:
             hint = " YAML reads 5e-4 as text: write 5.0e-4." if isinstance(self.learning_rate, str) else ""
             raise BookError(f"learning_rate is {self.learning_rate!r}, but it has to be 0 or more, such as 5e-4.{hint}")
+
+    def _fit(self, task: Task) -> None:
+        with self._training_options(task) as options:
+            set_seed(self.seed)
+            self.model, self.tokenizer = self._load_base()
+            with cached_lower_layers(self.model, self.n_layers if self.epochs else None, self.lower_states):
+                self._train(task, options)
+        self.model.eval()
+        if isinstance(self.model, PeftModel):
+            self.trainable_parameters = self.model.num_parameters(only_trainable=True)
 
     def _words(self) -> tuple[str, ...]:
         """What is written for each label."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from datasets import ClassLabel, load_dataset
 
 from helpers.downloads import PACKAGES, fetch
-from helpers.errors import BookError, unknown_name
+from helpers.errors import BookError, check_name
 
 
 class Document(NamedTuple):
@@ -45,8 +45,7 @@ def remove_duplicates(documents: list[Document], conflicting: str = "refuse") ->
     When one text stands under several labels, `conflicting="refuse"` raises BookError, `drop` drops all its copies, and `unite`
     (multi-label) gives the one that is kept all the labels.
     """
-    if conflicting not in ("refuse", "drop", "unite"):
-        raise unknown_name("way with conflicting labels", conflicting, ("refuse", "drop", "unite"))
+    check_name("way with conflicting labels", conflicting, ("refuse", "drop", "unite"))
     kept: dict[str, Document] = {}
     dropped = set()
     for document in documents:

@@ -16,14 +16,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
 from helpers import base_models, profiles, prompts
 from helpers.approach import LoraApproach
 from helpers.checkpoints import run_training, trainer_options
 from helpers.embeddings import embed, fit_probe
-from helpers.frozen_layers import cached_lower_layers
 from helpers.tasks import Task, texts_of
 
 
@@ -109,22 +107,16 @@ class EmbeddingHead(LoraApproach):
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_classifier(self.base_model, len(self.labels), self.multi_label, self.precision)
 
-    def _fit(self, task: Task) -> None:
-        with self._training_options(task) as options:
-            set_seed(self.seed)
-            model, self.tokenizer = self._load_base()
-            texts, gold = self._prompts(texts_of(task.train)), list(task.train["label"])
-            prompts.encode(texts, self.tokenizer)  # refuse what is too long before the training
-            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
-            with cached_lower_layers(model, self.n_layers, self.lower_states):
-                if self.probe_init:
-                    probe = fit_probe(embed(texts, model, self.tokenizer), np.array(gold))
-                    model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
-                self.model = get_peft_model(model, lora)
-                options |= {"precision": self.precision, "trainer": {"callbacks": [*self.callbacks]}}
-                train_classifier(self.model, self.tokenizer, texts, gold, **options)
-        self.model.eval()
-        self.trainable_parameters = self.model.num_parameters(only_trainable=True)
+    def _train(self, task: Task, options: dict) -> None:
+        texts, gold = self._prompts(texts_of(task.train)), list(task.train["label"])
+        prompts.encode(texts, self.tokenizer)  # refuse what is too long before the training
+        if self.probe_init:
+            probe = fit_probe(embed(texts, self.model, self.tokenizer), np.array(gold))
+            self.model.score.weight.data.copy_(torch.as_tensor(probe.coef_))
+        lora = base_models.upper_lora(self.model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
+        self.model = get_peft_model(self.model, lora)
+        options |= {"precision": self.precision, "trainer": {"callbacks": [*self.callbacks]}}
+        train_classifier(self.model, self.tokenizer, texts, gold, **options)
 
     @torch.inference_mode()
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:

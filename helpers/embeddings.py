@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import prompts
-from helpers.errors import unknown_name
+from helpers.errors import check_name
 
 C = 0.1  # of the probes
 
@@ -36,8 +36,7 @@ def embed(
         model: any model with a `base_model`; nothing in it is changed.
         pooling: `last`, the last token that is not padding; `mean` or `max`, over all tokens that are not padding.
     """
-    if pooling not in ("last", "mean", "max"):
-        raise unknown_name("pooling", pooling, ("last", "mean", "max"))
+    check_name("pooling", pooling, ("last", "mean", "max"))
     vectors = np.empty((len(texts), model.config.get_text_config().hidden_size), dtype=np.float32)
     for rows, hidden, mask in hidden_states(texts, model, tokenizer, batch_size):
         if pooling == "last":

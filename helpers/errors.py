@@ -21,6 +21,12 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> BookError:
     return BookError(f"There is no {kind} {name!r}. {hint}")
 
 
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise `unknown_name` for a name that is not in `known`."""
+    if name not in known:
+        raise unknown_name(kind, name, known)
+
+
 def check_texts(texts: list[str], where: str) -> None:
     """Raise BookError for the first text that is none or empty."""
     for row, text in enumerate(texts):

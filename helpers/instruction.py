@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from helpers import base_models, profiles, prompts
 from helpers.approach import LoraApproach
 from helpers.checkpoints import run_training, trainer_options
 from helpers.errors import BookError
-from helpers.frozen_layers import cached_lower_layers
 from helpers.label_scoring import NO_LABEL, label_tokens, list_items, score_label_lists, score_labels
 from helpers.tasks import Task, texts_of
 
@@ -73,22 +72,6 @@ class InstructionTuned(LoraApproach):
         model.config.pad_token_id = tokenizer.pad_token_id
         return model, tokenizer
 
-    def _fit(self, task: Task) -> None:
-        with self._training_options(task) as options:
-            set_seed(self.seed)
-            self.model, self.tokenizer = self._load_base()
-            self._check_labels()
-            if self.epochs:
-                with cached_lower_layers(self.model, self.n_layers, self.lower_states):
-                    self._train(task, options)
-                self.trainable_parameters = self.model.num_parameters(only_trainable=True)
-        self.model.eval()
-
-    def _check_labels(self) -> None:
-        """Refuse labels before the training that could not be scored after it."""
-        words = list_items(self._words(), self.tokenizer) if self.multi_label else self._words()
-        label_tokens(words, self.tokenizer, self._space, self._prompts(["x"])[0])
-
     @property
     def _space(self) -> str:
         return "" if self.chat else " "  # a chat template ends with a line break
@@ -122,8 +105,11 @@ class InstructionTuned(LoraApproach):
         return LabelTokensTrainer if profiles.current().device == "cpu" else SFTTrainer
 
     def _train(self, task: Task, options: dict) -> None:
-        profile = profiles.current(self.precision)
-        examples = self._examples(task)
+        words = list_items(self._words(), self.tokenizer) if self.multi_label else self._words()
+        label_tokens(words, self.tokenizer, self._space, self._prompts(["x"])[0])  # refuse what could not be scored afterwards
+        if not self.epochs:
+            return
+        profile, examples = profiles.current(self.precision), self._examples(task)
         whole = [prompt + completion for prompt, completion in zip(*examples.values(), strict=True)]
         prompts.encode(whole, self.tokenizer)  # refuse what is too long before the training
         trainer = self._trainer_class()(

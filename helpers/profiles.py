@@ -12,7 +12,7 @@ import transformers
 from bitsandbytes import cextension
 from transformers import BitsAndBytesConfig
 
-from helpers.errors import BookError, unknown_name
+from helpers.errors import BookError, check_name
 
 PROFILE_VARIABLE = "BOOK_PROFILE"
 PRECISIONS = ("nf4", "bfloat16", "float32")  # of a base model's weights
@@ -45,9 +45,8 @@ def current(precision: str | None = None) -> Profile:
         BookError: an unknown profile or precision, or the full profile where there is no GPU or no bitsandbytes for it.
     """
     name = os.environ.get(PROFILE_VARIABLE) or ("full" if torch.cuda.is_available() else "quick")
-    for what, value, known in (("profile", name, ("quick", "full")), ("precision", precision or "nf4", PRECISIONS)):
-        if value not in known:
-            raise unknown_name(what, value, known)
+    check_name("profile", name, ("quick", "full"))
+    check_name("precision", precision or "nf4", PRECISIONS)
     quantized = precision == "nf4" or (precision is None and name == "full")
     if name == "quick":
         device, dtype, attention, products = "cpu", torch.float32, "eager", "medium"

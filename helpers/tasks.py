@@ -16,7 +16,7 @@ from sklearn.preprocessing import LabelEncoder, MultiLabelBinarizer
 from transformers import PreTrainedTokenizerBase
 
 from helpers.corpora import TASKS, Document, excerpt, normalised, remove_duplicates
-from helpers.errors import BookError, check_texts, unknown_name
+from helpers.errors import BookError, check_name, check_texts
 from helpers.splits import SPLITS, split_rows
 
 
@@ -94,8 +94,7 @@ class Task:
 
 def load(name: str, **options) -> Task:
     """One of the book's tasks (`corpora.TASKS`), such as `bbc`; options are those of `split`. BookError: an unknown name."""
-    if name not in TASKS:
-        raise unknown_name("task", name, TASKS)
+    check_name("task", name, TASKS)
     return split(name, TASKS[name].read(), **{"conflicting": TASKS[name].conflicting, **options})
 
 

@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 from trl import SFTTrainer
 
@@ -31,8 +30,8 @@ from helpers.approach import LoraApproach
 from helpers.checkpoints import run_training, trainer_options
 from helpers.corpora import excerpt
 from helpers.embeddings import C, hidden_states
-from helpers.errors import BookError, unknown_name
-from helpers.frozen_layers import cached_lower_layers, whole_model
+from helpers.errors import BookError, check_name
+from helpers.frozen_layers import whole_model
 from helpers.lab.search import BestEpochOption
 from helpers.label_scoring import SHORTEST_PREFIX, label_tokens, score_labels
 from helpers.tasks import SPLITS, Task, texts_of
@@ -88,8 +87,7 @@ class LabelRowsHead(EmbeddingHead):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rows not in ("first", "mean"):
-            raise unknown_name("value of `rows`", self.rows, ("first", "mean"))
+        check_name("value of `rows`", self.rows, ("first", "mean"))
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = super()._load_base()
@@ -161,29 +159,23 @@ class CandidateScorer(LoraOptions, LoraApproach):
                 raise BookError(f"The label {excerpt(label)} needs {needs}. Shorten it, or the documents.")
         return ids
 
-    def _fit(self, task: Task) -> None:
-        with self._training_options(task) as options:
-            set_seed(self.seed)
-            model, self.tokenizer = self._load_base()
-            asked, generator = self._prompts(texts_of(task.train)), np.random.default_rng(self.seed)
-            ids, pairs = self._label_ids(asked), []
-            for tokens, gold in zip(self.tokenizer(asked).input_ids, task.train["label"], strict=True):
-                others = generator.permutation(np.delete(np.arange(len(ids)), gold))[: (self.candidates or len(ids)) - 1]
-                pairs.append([tokens + ids[label] for label in (gold, *others)])  # the right one first
-            lora = base_models.upper_lora(model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
-            with cached_lower_layers(model, self.n_layers, self.lower_states):
-                self.model = get_peft_model(model, lora)
-                training = CandidateTrainer(
-                    model=self.model,
-                    args=TrainingArguments(**options, **trainer_options(profiles.current(self.precision))),
-                    train_dataset=Dataset.from_dict({"input_ids": pairs, "label": [0] * len(pairs)}),
-                    data_collator=DataCollatorForMultipleChoice(self.tokenizer),
-                    callbacks=[*self.callbacks],
-                )
-                training.model_accepts_loss_kwargs = False  # as in `train_classifier`
-                run_training(training)
-        self.model.eval()
-        self.trainable_parameters = self.model.num_parameters(only_trainable=True)
+    def _train(self, task: Task, options: dict) -> None:
+        asked, generator = self._prompts(texts_of(task.train)), np.random.default_rng(self.seed)
+        ids, pairs = self._label_ids(asked), []
+        for tokens, gold in zip(self.tokenizer(asked).input_ids, task.train["label"], strict=True):
+            others = generator.permutation(np.delete(np.arange(len(ids)), gold))[: (self.candidates or len(ids)) - 1]
+            pairs.append([tokens + ids[label] for label in (gold, *others)])  # the right one first
+        lora = base_models.upper_lora(self.model, "SEQ_CLS", self.rank, self.n_layers, **self.lora)
+        self.model = get_peft_model(self.model, lora)
+        training = CandidateTrainer(
+            model=self.model,
+            args=TrainingArguments(**options, **trainer_options(profiles.current(self.precision))),
+            train_dataset=Dataset.from_dict({"input_ids": pairs, "label": [0] * len(pairs)}),
+            data_collator=DataCollatorForMultipleChoice(self.tokenizer),
+            callbacks=[*self.callbacks],
+        )
+        training.model_accepts_loss_kwargs = False  # as in `train_classifier`
+        run_training(training)
 
     @torch.inference_mode()
     def _predict_proba(self, texts: list[str], batch_size: int) -> np.ndarray:
@@ -250,9 +242,8 @@ class InstructionTuned(LoraOptions, instruction.InstructionTuned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in {"ask": ("list", "questions"), "order": ("task", "frequent", "rare", "random")}.items():
-            if getattr(self, name) not in known:
-                raise unknown_name(f"value of `{name}`", getattr(self, name), known)
+        check_name("value of `ask`", self.ask, ("list", "questions"))
+        check_name("value of `order`", self.order, ("task", "frequent", "rare", "random"))
         if self.shots and self.epochs:
             raise BookError("shots are for a model that is not trained: use epochs=0 with them, or shots=0.")
 

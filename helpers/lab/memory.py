@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from helpers import base_models, profiles
 from helpers.embedding_head import float32_head
-from helpers.errors import BookError, unknown_name
+from helpers.errors import BookError, check_name
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler announces itself on standard error otherwise
 
@@ -63,8 +63,7 @@ class Recipe:
     def __post_init__(self) -> None:
         known = {"sampling": ("random", "group_by_length"), "loss": ("all", "trl", "labels"), "optim": OPTIMIZER_BYTES}
         for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise unknown_name(f"value of `{name}`", getattr(self, name), values)
+            check_name(f"value of `{name}`", getattr(self, name), values)
 
 
 # How `EmbeddingHead` and `InstructionTuned` train: fewer blocks instead of checkpointing.
@@ -192,9 +191,8 @@ def count_step(
         `temporary`, what there is beyond that at the worst moment, gradients among it; `peak`, the sum. And `operations`: the
         multiplications and additions of its matrix products, attention left out.
     """
-    for what, value, known in (("approach", approach, TASK_TYPES), ("precision", precision, profiles.PRECISIONS)):
-        if value not in known:
-            raise unknown_name(what, value, known)
+    check_name("approach", approach, TASK_TYPES)
+    check_name("precision", precision, profiles.PRECISIONS)
     config = base_models.shape_of(shape)
     if length > config.max_position_embeddings:
         raise BookError(f"{shape} takes {config.max_position_embeddings} tokens, so a length of {length} does not fit it.")
@@ -273,8 +271,7 @@ def card(gpu: str | None) -> tuple[str, float, float]:
     elif gpu.isdigit():
         gpu, gib, tera = "a card", int(gpu), np.nan
     else:
-        if gpu not in CARDS:
-            raise unknown_name("card", gpu, CARDS)
+        check_name("card", gpu, CARDS)
         gib, tera = CARDS[gpu].values()
     return f"{gpu} of {gib:.0f} GiB", COUNTED_ON * gib * 2**30, 1e12 * tera
 
@@ -290,8 +287,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         where, memory, speed = card(given.gpu)
         name = next((each for each in shapes if each.lower() in given.model.lower()), given.model)
-        if "/" not in name and name not in (known := shapes | base_models.EMBEDDED) and not Path(name).is_dir():
-            raise unknown_name("base model", name, known)
+        if "/" not in name and not Path(name).is_dir():
+            check_name("base model", name, shapes | base_models.EMBEDDED)
         for approach, (way, recipe) in itertools.product(TASK_TYPES, WAYS.items()):
             options = {"length": given.length, "recipe": recipe}
             one = count_step(name, approach, batch_size=1, **options)

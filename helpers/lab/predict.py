@@ -171,11 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("model", type=Path, help="the folder of a saved approach, such as tickets-compared/head")
     add("file", help="a .csv, .tsv, .jsonl or .parquet file with a row for each text, a folder of them, or - for standard input")
-    add(
-        "--out",
-        type=Path,
-        help="the file to write, with the same ending, or the folder (default: standard output, except for Parquet)",
-    )
+    add("--out", type=Path, help="the file to write, with the same ending, or the folder (default: standard output)")
     add("--text", nargs="+", help="the column with the texts, or several to be joined (default: as in training, else text)")
     add("--encoding", help="of a text file, such as cp1252 (default: found out)")
     add("--format", choices=("jsonl", "csv", "tsv"), default="jsonl", help="of standard input (default: %(default)s)")

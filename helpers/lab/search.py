@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from helpers.approach import Approach
 from helpers.bootstrap import scores
 from helpers.checkpoints import write_whole
 from helpers.errors import BookError
-from helpers.evaluation import Predictions, best_thresholds
+from helpers.evaluation import Predictions, best_thresholds, measure
 from helpers.tasks import Task
 
 BEYOND = 3  # so many values at most are tried outside of a grid whose best one lies at its edge
@@ -31,9 +30,10 @@ def on_validation(approach: Approach, documents: Dataset) -> dict[str, float]:
 
     Multi-label scores are those at the threshold of the best micro-F1 (`evaluation.best_thresholds`).
     """
-    start, probabilities = time.perf_counter(), approach.predict_proba(list(documents["text"]))
+    with measure() as cost:
+        probabilities = approach.predict_proba(list(documents["text"]))
     if not np.isfinite(probabilities).all():  # steps were too large: the training went astray
-        return {"macro_f1": 0.0, "micro_f1": 0.0, "log_loss": 1e6, "seconds": time.perf_counter() - start}
+        return {"macro_f1": 0.0, "micro_f1": 0.0, "log_loss": 1e6, "seconds": cost.seconds}
     found = Predictions(approach.name, approach.labels, probabilities, documents["label"])
     if found.multi_label:
         found = replace(found, thresholds=best_thresholds(found))
@@ -42,7 +42,7 @@ def on_validation(approach: Approach, documents: Dataset) -> dict[str, float]:
         of_gold = found.probabilities[np.arange(len(found.gold)), found.gold]
     _, macro_f1, micro_f1 = map(float, scores(found))
     log_loss = float(-np.log(of_gold.clip(1e-12)).mean())
-    found = {"macro_f1": macro_f1, "micro_f1": micro_f1, "log_loss": log_loss, "seconds": time.perf_counter() - start}
+    found = {"macro_f1": macro_f1, "micro_f1": micro_f1, "log_loss": log_loss, "seconds": cost.seconds}
     return {name: float(f"{value:.5g}") for name, value in found.items()}
 
 

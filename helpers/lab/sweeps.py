@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from helpers import base_models, corpora, downloads, profiles, records, tasks
 from helpers.checkpoints import write_whole
-from helpers.errors import BookError, unknown_name
+from helpers.errors import BookError, check_name
 from helpers.evaluation import Predictions, evaluate
 from helpers.lab import as_it_comes, search
 from helpers.lab.approaches import APPROACHES
@@ -330,8 +330,8 @@ def checked(given: dict | None, kind: str, known: Iterable[str]) -> dict:
     given = {} if given is None else given
     if not isinstance(given, dict):
         raise BookError(f"Each {kind} is written as `name: value`, not {given!r}.")
-    for name in given.keys() - set(known):
-        raise unknown_name(kind, name, known)
+    for name in given:
+        check_name(kind, name, known)
     return dict(given)
 
 
