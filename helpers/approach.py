@@ -152,6 +152,7 @@ class LoraApproach(Approach):
 
     base_model: str = base_models.DEFAULT
     suffix: str = SUFFIX  # between the document and its label, so that the last token asks for the topic
+    prefix: str = ""  # before the document, such as an instruction; `{labels}` here or in the suffix is replaced by all labels
     n_layers: int | None = 10  # LoRA on the linear layers of so many upper blocks; None for all
     rank: int = 16
     learning_rate: float = 5e-4
@@ -162,7 +163,6 @@ class LoraApproach(Approach):
 
     model: ClassVar[PeftModel | PreTrainedModel]  # `ClassVar`, so that it is no setting
     tokenizer: ClassVar[PreTrainedTokenizerBase]
-    prefix: ClassVar[str] = ""  # before the document; a setting of `InstructionTuned`
     precision: ClassVar[str | None] = None  # of the base model (`profiles.current`); a setting in the lab, as the next one
     lora: ClassVar[dict] = {}  # more options of `LoraConfig`
     lower_states: ClassVar[dict | None] = None  # `states` of `cached_lower_layers`, if trainings share them

@@ -56,11 +56,9 @@ class InstructionTuned(LoraApproach):
     In a multi-label task the text is the list of the document's labels (chapter 07). `epochs=0` scores the model as it comes.
 
     Attributes:
-        prefix: what stands before the document; `{labels}` in it or in the suffix is replaced by the list of all labels.
         chat: put all of it into the tokenizer's chat template, as the user's words.
     """
 
-    prefix: str = ""
     chat: bool = False
     epochs: int = 4
     name: str = "instruction tuning + LoRA"

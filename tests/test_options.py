@@ -199,7 +199,7 @@ def test_a_verbalizer_writes_other_words_for_the_same_labels(tiny_model, tiny_ta
     assert not np.allclose(said.probabilities, plain.probabilities)
     for wrong in ({"sports": "A", "money": "B"}, {**words, "travel": "D"}):
         with pytest.raises(BookError, match="The verbalizer needs one entry for each label") as caught:
-            InstructionTuned(tiny_model, verbalizer=wrong).fit(tiny_task)
+            InstructionTuned(tiny_model, verbalizer=wrong, n_layers=1).fit(tiny_task)
         assert "\n" not in str(caught.value)
     with pytest.raises(BookError, match="cannot tell"):
         InstructionTuned(tiny_model, verbalizer=dict.fromkeys(tiny_task.labels, "A"), epochs=0).fit(tiny_task)

@@ -61,10 +61,9 @@ class LoraOptions(BestEpochOption):
 
 @dataclass
 class EmbeddingHead(LoraOptions, embedding_head.EmbeddingHead):
-    """The embedding head, with `causal=False` without the causal mask (`bidirectional`), and with an instruction as `prefix`."""
+    """The embedding head, with `causal=False` without the causal mask (`bidirectional`)."""
 
     causal: bool = True
-    prefix: str = ""  # before the document, as for `InstructionTuned`
 
     def _load_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = super()._load_base()

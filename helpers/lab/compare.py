@@ -39,6 +39,7 @@ FOLDERS = {APPROACHES[kind].name: folder for kind, (folder, _, _) in METHODS.ite
 TRAINED = (HEAD, INSTRUCTION)
 SEARCHED = {"TfidfSvm": 5000, "FineTunedEncoder": 150, "FrozenProbe": 200}  # documents on which values are tried
 LEAST = 60  # of them for an approach, however little time there is
+NAMED = 20  # labels at most that the prompt of both approaches names
 SIZES = {  # documents for validation and test at most, and the tokens of each that are read
     "quick": {"n_validation": 200, "n_test": 400, "tokens": 64},
     "full": {"n_validation": 1000, "n_test": 2000, "tokens": 256},
@@ -55,6 +56,7 @@ class Plan:
     base_model: str
     tokens: int  # of each document that are read
     minutes: float  # for all of it, about
+    longer: float  # how many times as many tokens the prompt of an approach has as that of the probe
 
     def key(self, kind: str, seed: int, n: int, epochs: int, chosen: dict | None) -> dict:
         """A run of `sweeps` on `n` training documents, with the settings that were chosen or with those to try."""
@@ -83,7 +85,8 @@ def plan(
     """Cut the documents, split them so many times as there are `seeds`, and say how each approach is trained.
 
     Args:
-        of: what the labels are, for the words behind each document: "The topic of this text is".
+        of: what the labels are. Both approaches read "Classify the text by its topic into …", with all labels (chapter 06).
+            Of more than `NAMED` labels, or several for a document, they read "The topic of this text is", as the probe does.
         minutes: for all trainings together, about.
         epochs: of what is trained with the Trainer; None: 3 to 8, more for few documents. The best one is kept.
         sizes: those of `SIZES`, by the profile where None. Of a small file a third is kept for test, of a large one a fifth, and
@@ -96,7 +99,14 @@ def plan(
     size, data = {name: sizes.get(name) or most for name, most in SIZES[profile].items()}, own_data.cut(data)
     tokenizer, suffix = base_models.load_tokenizer(base_model), f"\n\nThe {of} of this text is"
     prompts.check_open_end(tokenizer)
-    room = tokenizer.model_max_length - max(len(tokenizer(f"{suffix} {label}").input_ids) for label in data.labels) - 8
+    named = not data.multi_label and len(data.labels) <= NAMED
+    prompt = {"prefix": f"Classify the text by its {of} into {{labels}}.\n\ntext: ", "suffix": "\n\nlabel:"}
+    prompt, chat = (prompt, bool(tokenizer.chat_template)) if named else ({"suffix": suffix}, False)
+    frame = "".join(prompt.values()).replace("{labels}", ", ".join(data.labels))
+    if chat:
+        message = [{"role": "user", "content": frame}]
+        frame = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    room = tokenizer.model_max_length - max(len(tokenizer(f"{frame} {label}").input_ids) for label in data.labels) - 8
     if size["tokens"] > room:
         raise BookError(f"--tokens {size['tokens']} do not fit: {base_model} has room for {room} beside the question.")
     shorten, conflicting = tasks.first_tokens(tokenizer, size["tokens"]), "unite" if data.multi_label else "drop"
@@ -115,9 +125,12 @@ def plan(
     upper = min(APPROACHES["EmbeddingHead"].n_layers, len(decoder.layers)) if profile == "quick" and like_llama else None
     trained = {"best_epoch": True} | ({"epochs": epochs} if epochs else {})
     settings = {"TfidfSvm": {}, "FineTunedEncoder": trained, "FrozenProbe": {"suffix": suffix}}
-    settings |= dict.fromkeys(("EmbeddingHead", "InstructionTuned"), {"suffix": suffix, "n_layers": upper} | trained)
-    data = replace(data, warnings=(*data.warnings, *lines))
-    return Plan(data, splits, settings, base_model, size["tokens"], minutes)
+    settings["EmbeddingHead"] = prompt | {"n_layers": upper} | trained
+    settings["InstructionTuned"] = settings["EmbeddingHead"] | {"chat": chat}
+    n_read = np.mean([len(ids) for ids in tokenizer([each.text for each in documents[:200]]).input_ids])
+    n_frame, n_suffix = (len(tokenizer(each).input_ids) for each in (frame, suffix))
+    data, longer = replace(data, warnings=(*data.warnings, *lines)), (n_read + n_frame) / (n_read + n_suffix)
+    return Plan(data, splits, settings, base_model, size["tokens"], minutes, float(longer))
 
 
 def run(plan: Plan, out: str | Path, progress: bool = True) -> list[dict]:
@@ -172,7 +185,7 @@ def _of_split(plan: Plan, seed: int, out: Path, bar: tqdm) -> Iterator[dict]:
             continue
         seconds, n, tried = _seconds(record), record["key"]["options"]["n_train"], record["tried"]
         if kind == "FrozenProbe":
-            to_read = tried[0]["training_seconds"] / n
+            to_read = plan.longer * tried[0]["training_seconds"] / n
 
         n_trials, epochs_on_all = len(tried) if n_rates else 1, given or _epochs(passes, n_all)
         for_each = 1.2 * seconds / n / n_trials * epochs_on_all / epochs  # seconds a document of the training that follows
