@@ -23,7 +23,7 @@ HEAD, TOLD, INSTRUCTION = "head, random start", "head, instruction", "instructio
 SHOWN = {
     "TF-IDF + linear SVM": ("s", "0.55", "TF-IDF + SVM"),
     "MiniLM, fine-tuned": ("^", "0.2", "MiniLM, fine-tuned"),
-    HEAD: ("o", sns.color_palette(PALETTE)[0], "head, short cue"),
+    HEAD: ("o", sns.color_palette(PALETTE)[0], "head, cue"),
     TOLD: ("o", sns.color_palette(PALETTE)[0], "head, instruction"),
     INSTRUCTION: ("D", sns.color_palette(PALETTE)[1], "instruction tuning"),
 }  # the head that reads the instruction is hollow
