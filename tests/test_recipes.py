@@ -156,10 +156,9 @@ def parameters_of(chapter):
         return {"MAX_TOKENS": 32, "MORE": None, "RATES": [1e-3], "EPOCHS": 8, "TEST": 0.2}
     if chapter.startswith("05"):
         return {"MAX_TOKENS": 32, "RATES": [2e-3], "TEST": 0.4}
-    given = {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about"}
     if chapter.startswith("04"):
-        return given | {"RATES": [2e-3], "EPOCHS": 15, "TEST": 0.4}
-    return given | {"RATES": [1e-3], "EPOCHS": 4, "TEST": 0.25}
+        return {"MAX_TOKENS": 32, "RATES": [2e-3], "EPOCHS": 15, "TEST": 0.4}
+    return {"MAX_TOKENS": 32, "SUFFIX": "\n\nThis letter is about", "RATES": [1e-3], "EPOCHS": 4, "TEST": 0.25}
 
 
 def test_which_chapters_have_a_recipe():
@@ -306,7 +305,7 @@ def functions_of(chapter, tiny_model, labels=("Tech", "Tech support", "Café & �
     for cell in CHAPTERS[chapter][:2]:
         exec(cell.source, names)
     names["settings"] = {"base_model": tiny_model, "suffix": "\n\nIt is about", "max_tokens": 5, "labels": list(labels)}
-    names["settings"]["instruction"] = "Which of {labels}?\n\n{text}\n\nLabel:"
+    names["settings"]["instruction"] = names["settings"]["prompt"] = "Which of {labels}?\n\n{text}\n\nLabel:"
     names["tokenizer"] = AutoTokenizer.from_pretrained(tiny_model)
     names["GPU"], names["DTYPE"] = False, names["torch"].float32
     names["model"] = names["load_model"]()
@@ -350,6 +349,10 @@ def test_recipe_scores_each_label_as_one_pass_for_each_does(tiny_model, chat):
 @pytest.mark.parametrize("chapter", [*DECODERS, ENCODER])
 def test_recipe_trains_the_same_when_small_batches_are_accumulated(chapter, tiny_model, short_encoder, tmp_path, monkeypatch):
     """Eight documents a step, at once and two by two: the loss of the two epochs is the same."""
+    from transformers import Trainer
+
+    losses, train = [], Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda trainer: losses.append(train(trainer).training_loss))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BASE_MODEL", str(short_encoder if chapter == ENCODER else tiny_model))
     write_csv(tmp_path / "post.csv", letters()[:36])  # 24 of them to train
@@ -364,11 +367,10 @@ def test_recipe_trains_the_same_when_small_batches_are_accumulated(chapter, tiny
     }
     cells = CHAPTERS[chapter]
     training = next(place for place, cell in enumerate(cells) if "trainer.train()" in cell.source)
-    losses = []
     for batch, accumulate in ((8, 1), (2, 4)):
         more = {"MORE": None} if chapter == ENCODER else {}
         code = values_replaced(code_of(cells[: training + 1]), BATCH=batch, ACCUMULATE=accumulate, **given, **more)
-        exec(code.replace("trainer.train()", "losses.append(trainer.train().training_loss)"), {"losses": losses})
+        exec(code, {})
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
@@ -467,7 +469,7 @@ def test_recipe_does_not_take_a_field_of_the_texts_for_row_names(chapter, case, 
         quoted = [bool(n) and case == "a comma in the first" for n in range(len(rows))]
         lines = [f'"{text}",{label}' if q else f"{text},{label}" for q, (text, label) in zip(quoted, rows, strict=True)]
     (tmp_path / "rows.csv").write_text("\n".join([",".join(COLUMNS), *lines]))
-    with pytest.raises(AssertionError, match="quote texts with commas"):
+    with pytest.raises(AssertionError, match="texts with commas"):
         read_by_recipe(chapter, tmp_path / "rows.csv")
 
 
@@ -497,7 +499,7 @@ def test_recipe_refuses_a_base_whose_layers_it_would_leave_out(chapter, tmp_path
     monkeypatch.chdir(tmp_path)
     write_csv(tmp_path / "rows.csv", letters())
     names = read_by_recipe(chapter, tmp_path / "rows.csv")
-    with pytest.raises(AssertionError, match="name this base's linear layers"):
+    with pytest.raises(AssertionError, match="linear layers"):
         exec(code_of(CHAPTERS[chapter][READ[chapter] : READ[chapter] + 2]), names)
 
 
@@ -515,3 +517,11 @@ def test_recipe_refuses_a_tokenizer_that_closes_every_text(tmp_path, tiny_model)
         exec(cell.source, names)
     with pytest.raises(AssertionError, match="it closes every text"):
         names["load_tokenizer"](tmp_path)
+
+
+@pytest.mark.parametrize("chapter", ["04_embedding_head", "05_instruction_tuning"])
+def test_recipe_fills_labels_and_text_into_its_instruction(chapter, tiny_model):
+    """A text is not taken for a part of the instruction."""
+    names = functions_of(chapter, tiny_model)
+    names["tokenizer"].chat_template = None
+    assert names["prompt_of"]("{labels}").strip() == "Which of Tech, Tech support, Café & “Bar”?\n\n{labels}\n\nLabel:"
