@@ -6,6 +6,7 @@ table is written anew.
 
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import nbformat
@@ -16,19 +17,20 @@ sys.path.insert(0, str(ROOT))
 
 from helpers.lab import sweeps  # noqa: E402
 
-HEAD = "| chapter | executed on | device | threads | Python |\n|---|---|---|---|---|\n"
+HEAD = "| executed on | device | threads | Python | chapters |\n|---|---|---|---|---|\n"
 
 
 def machine_table() -> str:
-    """A row for each chapter, from its metadata."""
-    rows = []
+    """A row for all chapters that were executed alike, from their metadata."""
+    rows = defaultdict(list)
     for path in sorted((ROOT / "book").glob("*.ipynb")):
         made = nbformat.read(path, as_version=4).metadata.get("executed")
         if made is None:
             continue
-        shown = [made["date"], made["device"], made["threads"], made["python"]]
-        rows.append(" | ".join(["", f"[{path.stem}]({path.stem})", *map(str, shown), ""]).strip())
-    return HEAD + "".join(f"{row}\n" for row in rows)
+        name = path.stem.split("_")[0] if path.stem[0].isdigit() else path.stem.replace("_", " ")
+        rows[made["date"], made["device"], made["threads"], made["python"]].append(f"[{name}]({path.stem})")
+    lines = [" | ".join([*map(str, how), ", ".join(chapters)]) for how, chapters in sorted(rows.items())]
+    return HEAD + "".join(f"| {line} |\n" for line in lines)
 
 
 def main(paths: list[str]) -> None:

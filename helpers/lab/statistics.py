@@ -50,7 +50,7 @@ def over_seeds(
     """`metric` of `a` minus that of `b`, in -1..1, the mean over seeds; each has an entry for every seed.
 
     A bootstrap draws seeds and then, within each, groups of documents: what another training and other documents would change.
-    With three seeds its interval is a little too narrow.
+    With three seeds its interval can be much too narrow: look at each seed, or at a t-interval over seeds, as well.
 
     Returns `difference` with its 95 % interval `low`, `high`, and `p_value`: twice the share of resamples beyond zero.
     """
