@@ -4,13 +4,14 @@ import copy
 import random
 import re
 
+import numpy as np
 import pytest
-from conftest import glued_in, stored_table
+from conftest import BOOK, glued_in, stored_table
 from datasets import Dataset
 from tokenizers import AddedToken, normalizers
 from transformers import LlamaModel
 
-from helpers import base_models
+from helpers import base_models, records
 from helpers.approach import SUFFIX
 from helpers.baselines import FineTunedEncoder, FrozenProbe
 from helpers.embedding_head import EmbeddingHead
@@ -242,13 +243,22 @@ def test_the_chapter_counts_every_attack_before_and_after(stored):
         assert 0 <= low <= rate <= high <= 100
 
 
-def test_the_chapters_verdict_is_that_of_its_numbers(stored):
-    text = " ".join(stored["hostile_reading"]["text/markdown"].split())
-    head, instruction = (float(re.search(rf"{name} ([\d.]+) %", text)[1]) for name in ("head", "instruction"))
-    found = re.search(r"against head: ([+-][\d.]+) points \[([+-][\d.]+), ([+-][\d.]+)\]", text)
-    difference, low, high = map(float, found.groups())
-    assert difference == pytest.approx(instruction - head, abs=0.11)
-    assert low <= difference <= high
-    assert ("the goal is shown to be met" in text) == (low >= -2)
-    assert ("the goal is shown to be missed" in text) == (high < -2)
-    assert ("neither shown to be met nor to be missed" in text) == (low < -2 <= high)
+def test_the_chapters_verdict_is_that_of_the_records(stored):
+    """Shares of attacked documents that are right, computed once more, and the goal of at most two points behind the head."""
+
+    def glued(name):
+        return float("".join(stored[name]["text/plain"]))
+
+    right = {}
+    for record in records.read(BOOK / "results" / "hostile.jsonl"):
+        key = record["key"]
+        if key["documents"] == "attacked" and key["profile"] == "quick":
+            right[key["approach"], key["defences"]] = np.argmax(record["probabilities"], axis=1) == record["gold"]
+    for defences, name, sign in (("all", "hostile_difference", 1), ("none", "undefended", -1)):
+        each = right["InstructionTuned", defences].astype(int) - right["EmbeddingHead", defences]
+        assert glued(name) == pytest.approx(100 * sign * each.mean(), abs=0.01)
+    half = 196 * each.std() / len(each) ** 0.5  # of `none`, without a bootstrap
+    assert glued("undefended_low") == pytest.approx(glued("undefended") - half, abs=0.6)
+    assert glued("hostile_low") < -2 < 0 < glued("hostile_high")
+    for name in ("head", "instruction"):
+        assert glued(f"hostile_{name}_after") < glued(f"hostile_{name}_before") / 5
