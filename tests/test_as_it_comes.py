@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from conftest import BOOK, glued_in
 from datasets import Dataset
+from sklearn.metrics import f1_score
 
 from helpers.base_models import DEFAULT, load_tokenizer
 from helpers.corpora import Document
 from helpers.errors import BookError
 from helpers.lab.as_it_comes import distinct, part_of, rare_labels, wrong_labels
+from helpers.records import read
 from helpers.tasks import SPLITS, Task
 
 
@@ -88,3 +91,56 @@ def test_what_cannot_be_made_is_refused_in_one_line(change, message):
     with pytest.raises(BookError, match=message) as caught:
         change(made((4, 4, 4)))
     assert "\n" not in str(caught.value)
+
+
+NAMES = {"TF-IDF + linear SVM": "words", "MiniLM, fine-tuned": "encoder", "head, random start": "head"}
+NAMES |= {"instruction, labels named": "prompt"}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return [record for record in read(BOOK / "results" / "as_it_comes.jsonl") if record["name"] in NAMES]
+
+
+@pytest.fixture(scope="module")
+def glued():
+    found = glued_in("13_data_as_it_comes").items()
+    return {name: float("".join(data["text/plain"])) for name, data in found if "text/html" not in data}
+
+
+def f1(record, probabilities=None):
+    predicted = np.array(record["probabilities"] if probabilities is None else probabilities).argmax(axis=1)
+    return 100 * f1_score(record["gold"], predicted, average="macro")
+
+
+def test_runs_with_wrong_labels_are_judged_on_the_same_right_ones(recorded):
+    found = {}
+    for record in (each for each in recorded if "wrong_labels" in each["key"]["options"]):
+        share, seed = record["key"]["options"]["wrong_labels"], record["key"]["seed"]
+        found.setdefault(seed, {})[share] = record["content_hash"]
+        assert record["test_set"] == found.setdefault(("test", seed), record["test_set"])
+    for seed in range(3):
+        assert set(found[seed]) == {0.0, 0.2, 0.4} and len(set(found[seed].values())) == 3
+
+
+def test_what_wrong_labels_cost_is_that_of_the_records(recorded, glued):
+    scores = {}
+    for record in recorded:
+        if "wrong_labels" in record["key"]["options"]:
+            scores.setdefault((NAMES[record["name"]], record["key"]["options"]["wrong_labels"]), []).append(f1(record))
+    for name in NAMES.values():
+        for share, words in ((0.2, "fifth"), (0.4, "two_fifths")):
+            lost = np.mean(scores[name, 0.0]) - np.mean(scores[name, share])
+            assert glued[f"lost_{name}_{words}"] == pytest.approx(lost, abs=0.1)
+
+
+def test_what_the_division_brings_is_that_of_the_records(recorded, glued):
+    gains = {}
+    for record in recorded:
+        if "kept" in record["key"]["options"] and record["name"] != "TF-IDF + linear SVM":
+            documents = np.roll([64, 32, 16, 8, 4], record["key"]["seed"])
+            shifted = np.log(np.array(record["probabilities"]) + 1e-6) - np.log(documents)  # logits, less those of the shares
+            gains.setdefault(NAMES[record["name"]], []).append(f1(record, shifted) - f1(record))
+    assert set(gains) == {"encoder", "head", "prompt"}
+    for name, each in gains.items():
+        assert len(each) == 5 and glued[f"shift_f1_{name}"] == pytest.approx(np.mean(each), abs=0.1)
