@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from helpers import base_models, corpora, profiles, records, tasks  # noqa: E402
-from helpers.lab import sweeps  # noqa: E402
+from helpers.lab import as_it_comes, sweeps  # noqa: E402
 
 RESULTS = ROOT / "book" / "results"
 TABLE = RESULTS / "document_lengths.json"
-CUTS = ("words", "tokens", "tokenizer")  # the options of a task that change what is read of a text
+CUTS = ("words", "tokens", "tokenizer", "part")  # the options of a task that change what is read of a text
 
 
 def recorded() -> dict[str, dict]:
@@ -33,13 +33,19 @@ def recorded() -> dict[str, dict]:
     return dict(sorted(found.items()))
 
 
-def lengths(task: str, words: int | None = None, tokens: int | None = None, tokenizer: str = base_models.DEFAULT) -> dict:
+def lengths(
+    task: str,
+    words: int | None = None,
+    tokens: int | None = None,
+    tokenizer: str = base_models.DEFAULT,
+    part: str = "first",
+) -> dict:
     """Words of a task's documents, each text once: the median, and between which numbers eight of ten lie."""
     shorten = str
     if words is not None:
         shorten = tasks.first_words(words)
     if tokens is not None:
-        shorten = tasks.first_tokens(base_models.load_tokenizer(tokenizer), tokens)
+        shorten = as_it_comes.part_of(base_models.load_tokenizer(tokenizer), tokens, part)
     texts = {shorten(document.text) for document in corpora.TASKS[task].read()}
     low, median, high = np.quantile([len(text.split()) for text in texts], [0.1, 0.5, 0.9])
     return {"words": int(median), "low": int(low), "high": int(high)}

@@ -134,6 +134,7 @@ def frame(records: Iterable[dict]) -> pd.DataFrame:
         key, options = record["key"], record["key"]["options"]
         task = key["task"] + "".join(f", {options[name]} {name}" for name in ("words", "tokens") if name in options)
         task += f" of {options['tokenizer']}" if "tokenizer" in options else ""
+        task += "".join(f", {name} {options[name]}" for name in ("part", "wrong_labels", "kept") if name in options)
         row = {"task": task, "approach": record["name"], "seed": key["seed"], "profile": key["profile"]}
         rows.append(row | {"rank": key["settings"].get("rank")} | record["metrics"] | record["cost"] | {"record": record})
     return pd.DataFrame(rows)
