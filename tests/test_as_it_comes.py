@@ -33,7 +33,7 @@ def test_so_many_labels_are_another_one_and_test_documents_keep_theirs(share):
     worse = wrong_labels(task, share, seed=0)
     for split in SPLITS[:2]:
         assert (labels_of(worse, split) != labels_of(task, split)).mean() == pytest.approx(share, abs=0.02)
-        assert worse.__getattribute__(split)["text"] == getattr(task, split)["text"]
+        assert getattr(worse, split)["text"] == getattr(task, split)["text"]
     assert labels_of(worse, "test").tolist() == labels_of(task, "test").tolist()
 
 

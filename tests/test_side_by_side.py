@@ -232,7 +232,7 @@ def test_the_guide_is_one_page_without_numbers_of_its_own(glued):
     pasted = re.findall(r"```\{glue\} (\S+)\n:doc: 06_side_by_side.ipynb\n```", guide)
     assert {"side_by_side_figure", "side_by_side_table"} <= set(pasted) <= set(glued)
     prose = re.sub(r"```.*?```|\{cite:t\}`\w+`|\(\S+\)|\[[\d.]+\]|chapter \d\d|\w+ 20\d\d", "", guide, flags=re.S)
-    assert len(prose.split()) < 800
+    assert len(prose.split()) < 700
     assert re.findall(r"\d+", prose) in (["135"], [])
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from helpers.corpora import Document
@@ -35,7 +34,7 @@ def wrong_labels(task: Task, share: float, seed: int) -> Task:
         for label in set(range(len(task.labels))) - set(gold[given == gold]):
             name = task.labels[label]
             raise BookError(f"{task.name}: no {split} document of {name!r} keeps its label. Lower wrong_labels or add documents.")
-        changed[split] = _with_labels(documents, given)
+        changed[split] = documents.remove_columns("label").add_column("label", given.tolist())
     return replace(task, **changed)
 
 
@@ -71,8 +70,10 @@ def part_of(tokenizer: PreTrainedTokenizerBase, n: int | None, part: str) -> Cal
     if part == "first":
         return first_tokens(tokenizer, n)
 
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True, "verbose": False}
+
     def shorten(text: str) -> str:
-        offsets = _offsets(tokenizer, text)
+        offsets = tokenizer(text, **options).offset_mapping
         if part == "whole" or len(offsets) <= n:
             return text
         if part == "last":
@@ -84,20 +85,11 @@ def part_of(tokenizer: PreTrainedTokenizerBase, n: int | None, part: str) -> Cal
 
 def distinct(documents: list[Document], tokenizer: PreTrainedTokenizerBase, n: int = 32) -> list[Document]:
     """Without documents whose first or last `n` tokens an earlier one has too: every `part_of` leaves the same ones."""
+    cuts = {part: part_of(tokenizer, n, part) for part in ("first", "last")}
     seen, kept = set(), []
     for document in documents:
-        offsets = _offsets(tokenizer, document.text)[-n:]
-        ends = {("first", first_tokens(tokenizer, n)(document.text)), ("last", document.text[offsets[0][0] :].strip())}
+        ends = {(part, cut(document.text)) for part, cut in cuts.items()}
         if not ends & seen:
             kept.append(document)
         seen |= ends
     return kept
-
-
-def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True, "verbose": False}
-    return tokenizer(text, **options).offset_mapping
-
-
-def _with_labels(documents: Dataset, labels: np.ndarray) -> Dataset:
-    return documents.remove_columns("label").add_column("label", labels.tolist())

@@ -101,12 +101,10 @@ def load_task(key: dict) -> tasks.Task:
     if "words" in options:
         options["shorten"] = tasks.first_words(options.pop("words"))
     documents, part = source.read(), options.pop("part", None)
-    if part:
+    if part or "tokens" in options:
         model_tokenizer = base_models.load_tokenizer(tokenizer)
-        documents = as_it_comes.distinct(documents, model_tokenizer)
-        options["shorten"] = as_it_comes.part_of(model_tokenizer, options.pop("tokens", None), part)
-    elif "tokens" in options:
-        options["shorten"] = tasks.first_tokens(base_models.load_tokenizer(tokenizer), options.pop("tokens"))
+        options["shorten"] = as_it_comes.part_of(model_tokenizer, options.pop("tokens", None), part or "first")
+        documents = as_it_comes.distinct(documents, model_tokenizer) if part else documents
     share, kept = options.pop("wrong_labels", None), options.pop("kept", None)
     task = tasks.split(key["task"], documents, **{"conflicting": source.conflicting, "seed": key["seed"], **options})
     if share is not None:
