@@ -51,7 +51,7 @@ import helpers  # noqa: E402, F401
 SHARES = {"steps": 25, "prediction": 10, "chapters": 65, "fair": 65}
 AT_A_TIME = 6  # chapters
 PATIENCE = 240  # seconds of a cell
-WORKERS = 12  # of the comparison: runs of a small model leave a GPU idle
+WORKERS = 15  # of the comparison: runs of a small model leave a GPU idle
 SPARE = 15  # seconds at the end of a call, to stop what is running
 # Lengths, shapes and recipes in the order in which they tell most.
 FIRST = {
@@ -68,6 +68,7 @@ FIRST = {
 SETTINGS = ["attack-techniques", "ipc-sections", "bbc"]
 WAYS = ["head, random start", "head, instruction", "instruction, labels named"]
 WAYS += ["instruction, labels not named"]
+NEXT = ["instruction, bare"]
 # What an image with PyTorch for CUDA lacks, or has in another version; what
 # these need comes along, except for what such an image has.
 WHEELS = ["transformers", "peft", "trl", "datasets", "accelerate"]
@@ -312,7 +313,8 @@ def fair_keys(tiny: str | None = None) -> list[dict]:
             wanted.append(block | {"approaches": ways})
 
     def order(key: dict) -> list:
-        task, later = key["task"], key["settings"]["name"] not in WAYS
+        task, name = key["task"], key["settings"]["name"]
+        later = (name not in WAYS) + (name not in WAYS + NEXT)
         place = [*SETTINGS, task].index(task)
         per_class = key["options"]["per_class"]
         return [later, task not in SETTINGS, key["seed"], place, -per_class]
