@@ -317,7 +317,8 @@ def fair_keys(tiny: str | None = None) -> list[dict]:
         later = (name not in WAYS) + (name not in WAYS + NEXT)
         place = [*SETTINGS, task].index(task)
         per_class = key["options"]["per_class"]
-        return [later, task not in SETTINGS, key["seed"], place, -per_class]
+        first = [later // 2, task not in SETTINGS, later, key["seed"]]
+        return [*first, place, -per_class]
 
     return sorted(sweeps.keys(wanted[:1] if tiny else wanted), key=order)
 
