@@ -64,15 +64,17 @@ def of_readme(folder, heading):
 def test_both_approaches_read_the_names_of_the_labels_unless_they_are_many_or_several(file, tiny_model, monkeypatch):
     planned = compare.plan(own_data.read(file, "text", "label"), base_model=tiny_model, of="colour", epochs=1)
     head, instruction = (planned.settings[kind] for kind in ("EmbeddingHead", "InstructionTuned"))
-    assert head["prefix"] == instruction["prefix"] == "Classify the text by its colour into {labels}.\n\ntext: "
-    assert head["suffix"] == instruction["suffix"] == "\n\nlabel:" and planned.longer > 1
+    assert head == instruction and head["prefix"] == "Classify the text by its colour into {labels}.\n\ntext: "
+    assert head["suffix"] == "\n\nlabel:" and planned.longer > 1
     assert planned.settings["FrozenProbe"] == {"suffix": "\n\nThe colour of this text is"}
     several = compare.plan(own_data.read(file, "text", "labels"), base_model=tiny_model, of="colour", epochs=1)
     monkeypatch.setattr(compare, "NAMED", 2)
     many = compare.plan(own_data.read(file, "text", "label"), base_model=tiny_model, of="colour", epochs=1)
     for each in (several, many):
         assert each.settings["EmbeddingHead"]["suffix"] == "\n\nThe colour of this text is" and each.longer == 1
-        assert "prefix" not in each.settings["EmbeddingHead"] and not each.settings["InstructionTuned"]["chat"]
+        assert (
+            "prefix" not in each.settings["EmbeddingHead"] and each.settings["InstructionTuned"] == each.settings["EmbeddingHead"]
+        )
 
 
 def test_one_command_from_the_file_to_the_verdict_and_to_labels_for_new_texts(

@@ -15,7 +15,7 @@ every_module = pytest.mark.parametrize("path", READER + LAB, ids=lambda path: f"
 
 
 # Where they stand. The goal is 2,100 for what readers read and 1,400 for the lab: lower them when a room gets smaller.
-BUDGETS = {"first sitting": (FIRST_SITTING, 836), "reader": (READER, 2724), "lab": (LAB, 2717)}
+BUDGETS = {"first sitting": (FIRST_SITTING, 836), "reader": (READER, 2724), "lab": (LAB, 2713)}
 
 
 @pytest.mark.parametrize("paths, most", BUDGETS.values(), ids=BUDGETS.keys())

@@ -101,11 +101,8 @@ def plan(
     prompts.check_open_end(tokenizer)
     named = not data.multi_label and len(data.labels) <= NAMED
     prompt = {"prefix": f"Classify the text by its {of} into {{labels}}.\n\ntext: ", "suffix": "\n\nlabel:"}
-    prompt, chat = (prompt, bool(tokenizer.chat_template)) if named else ({"suffix": suffix}, False)
+    prompt = prompt if named else {"suffix": suffix}
     frame = "".join(prompt.values()).replace("{labels}", ", ".join(data.labels))
-    if chat:
-        message = [{"role": "user", "content": frame}]
-        frame = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     room = tokenizer.model_max_length - max(len(tokenizer(f"{frame} {label}").input_ids) for label in data.labels) - 8
     if size["tokens"] > room:
         raise BookError(f"--tokens {size['tokens']} do not fit: {base_model} has room for {room} beside the question.")
@@ -125,8 +122,7 @@ def plan(
     upper = min(APPROACHES["EmbeddingHead"].n_layers, len(decoder.layers)) if profile == "quick" and like_llama else None
     trained = {"best_epoch": True} | ({"epochs": epochs} if epochs else {})
     settings = {"TfidfSvm": {}, "FineTunedEncoder": trained, "FrozenProbe": {"suffix": suffix}}
-    settings["EmbeddingHead"] = prompt | {"n_layers": upper} | trained
-    settings["InstructionTuned"] = settings["EmbeddingHead"] | {"chat": chat}
+    settings["EmbeddingHead"] = settings["InstructionTuned"] = prompt | {"n_layers": upper} | trained
     n_read = np.mean([len(ids) for ids in tokenizer([each.text for each in documents[:200]]).input_ids])
     n_frame, n_suffix = (len(tokenizer(each).input_ids) for each in (frame, suffix))
     data, longer = replace(data, warnings=(*data.warnings, *lines)), (n_read + n_frame) / (n_read + n_suffix)
