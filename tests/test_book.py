@@ -105,8 +105,10 @@ def test_the_readmes_figure_shows_the_records():
     drawn = script("readme_figure")
     table = drawn.scores()
     assert Image.open(drawn.PICTURE).info["Description"] == drawn.fingerprint(table)
-    counts = table.groupby(["task", "approach"]).size().unstack()
-    assert counts.loc[list(drawn.TASKS.values())].to_numpy().tolist() == [[5] * 5, [3] * 5]
+    counts = table.groupby(["task", "approach"]).size()
+    assert set(counts.index.get_level_values("task")) == set(drawn.TASKS.values()) and counts.min() >= 3
+    for task in drawn.TASKS.values():  # the same seeds for both approaches
+        assert counts[task].drop(drawn.ENCODER, errors="ignore").nunique() == 1
 
 
 def test_on_what_and_when_every_chapter_was_executed():
