@@ -44,7 +44,8 @@ def scores() -> pd.DataFrame:
             if record["name"] in names:
                 task = TASKS[key["task"], key["options"]["per_class"]]
                 rows.append((task, record["name"], key["seed"], 100 * record["metrics"]["macro_f1"]))
-    return pd.DataFrame(rows, columns=["task", "approach", "seed", "macro_f1"])
+    table = pd.DataFrame(rows, columns=["task", "approach", "seed", "macro_f1"])
+    return table.groupby(["task", "approach"]).filter(lambda runs: len(runs) >= 3)
 
 
 def fingerprint(table: pd.DataFrame) -> str:

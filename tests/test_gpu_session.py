@@ -73,7 +73,8 @@ def test_the_most_telling_steps_come_first(tmp_path, monkeypatch):
 
 def test_the_comparison_searches_as_chapter_06_does_and_goes_on(trial, monkeypatch):
     every = gpu_session.fair_keys(trial.tiny)
-    assert [key["approach"] for key in every] == ["EmbeddingHead", "InstructionTuned"] * 2
+    ways = [*gpu_session.WAYS[::2], *gpu_session.NEXT, "head, probe start"]
+    assert [key["settings"]["name"] for key in every] == ways
     monkeypatch.setattr(gpu_session, "fair_keys", lambda _: every[:2])
     gpu_session.fair(trial)
     made = read(trial.out / "fair.jsonl")
