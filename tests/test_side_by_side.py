@@ -57,14 +57,7 @@ def records():
             key, name = record["key"], SHORT.get(record["name"], record["name"])
             if name in methods:
                 found.setdefault((SETTINGS[key["task"], key["options"]["per_class"]] + where, name), []).append(record)
-    found = {place: made for place, made in found.items() if len(made) >= 3}
-    for setting in {place for place, _ in found}:  # a seed counts when all of these have it, of a file
-        for methods in ({*FOUR}, {*SMALL}) if ON_CPU not in setting else ({*SHORT.values(), *SMALL},):
-            n_seeds = [len(made) for (its, name), made in found.items() if its == setting and name in methods & FOUR]
-            for (its, name), made in found.items():
-                if its == setting and name in methods and n_seeds:
-                    del made[min(n_seeds) :]
-    return found
+    return {place: made for place, made in found.items() if len(made) >= 3}
 
 
 def said(record):
