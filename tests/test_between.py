@@ -5,11 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import BOOK, glued_in
+from conftest import BOOK, glued_in, stored_table
 from datasets import Dataset
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from helpers import base_models, tasks
 from helpers.base_models import load_tokenizer
 from helpers.errors import BookError
 from helpers.lab.approaches import CandidateScorer, LabelRowsHead, unseen
@@ -247,7 +250,7 @@ def test_what_is_said_of_labels_never_seen_is_in_the_records(name, short):
 
 
 def test_the_claims_fail_when_the_order_changes_or_the_parts_are_no_longer_equal():
-    of_steps, of_unseen = cells_with("claim")
+    of_steps, of_unseen, _ = cells_with("claim")
     scores = {name: f1_by_seed(name) for name in STEPS}
     recorded = of_settings([record for path in ("fair", "between") for record in read(BOOK / "results" / f"{path}.jsonl")])
     names = {"f1": scores, "STEPS": STEPS, "PLACE": "bbc-headlines, 8", "recorded": recorded, "np": np, "torch": torch}
@@ -276,3 +279,62 @@ def test_the_claims_fail_when_the_order_changes_or_the_parts_are_no_longer_equal
         changed = [value if number == column else each for number, each in enumerate(found[name][0])]
         with pytest.raises(AssertionError):
             exec(of_unseen, names | {"found": found | {name: [changed] * 3}})
+
+
+# How many labels it takes
+
+TUNED = ("MiniLM, fine-tuned", "head, instruction", "instruction, labels named", "instruction, no chat template")
+
+
+def test_the_frozen_encoder_and_what_is_above_it_are_those_of_the_documents_and_records():
+    """Once more with vectors from the model itself, mean over all tokens that are no padding."""
+    (cell,) = [cell for cell in nbformat.read(CHAPTER, 4).cells if "AMOUNTS = [" in cell.source]
+    shown = stored_table(cell.outputs[0].data)
+    folder = base_models.fetch(base_models.ENCODER)
+    encoder, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def vectors(texts):
+        batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+        states, mask = encoder(**batch).last_hidden_state, batch.attention_mask[..., None]
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).numpy()
+
+    by_seed = []
+    for seed in range(5):
+        task = tasks.load("bbc-headlines", per_class=8, n_test=500, seed=seed)
+        fitted = LogisticRegression().fit(vectors(task.train["text"]), task.train["label"])
+        said_of_test = fitted.predict(vectors(task.test["text"]))
+        by_seed.append(100 * f1_score(task.test["label"], said_of_test, average="macro"))
+    assert float(shown["8", "frozen"]) == pytest.approx(np.mean(by_seed), abs=0.15)
+    glued, made = glued_in(CHAPTER.stem), {"fair": {}, "fair_gpu": {}}
+    for file, found in made.items():
+        for record in read(BOOK / "results" / f"{file}.jsonl"):
+            key = record["key"]
+            if key["task"] == "bbc-headlines" and key["options"]["per_class"] == 8:
+                found[record["name"], key["seed"]] = 100 * record["metrics"]["macro_f1"]
+    for short, name, file in zip(
+        ("encoder", "head", "lm", "plain"), TUNED, ("fair", "fair_gpu", "fair_gpu", "fair"), strict=True
+    ):
+        expected = np.mean([made[file][name, seed] - by_seed[seed] for seed in range(5)])
+        assert said(glued, f"above_{short}_8") == pytest.approx(expected, abs=0.2)
+
+
+def test_the_claims_about_amounts_fail_when_the_frozen_encoder_is_better_or_worse():
+    *_, of_amounts = cells_with("claim")
+    amounts = [1, 2, 4, 8, 16, 32, 64]
+    frozen = dict(zip(amounts, ([f, f + 1, f - 1] for f in (41.0, 56.0, 66.0, 74.0, 79.0, 81.0, 84.0)), strict=True))
+    close = {(name, n): np.array(frozen[n]) + np.array([-2.0, 1.0, 0.5]) for name in TUNED for n in (8, 32)}
+    close |= {(name, 64): np.array(frozen[64]) + np.array([-2.0, 1.0, 0.5]) for name in TUNED[::2]}
+    close |= {(TUNED[0], n): np.array(frozen[n]) + np.array([4.0, 5.0, 4.5]) for n in (8, 32)}
+    close |= {(name, 8): np.array(frozen[8]) + np.array([-3.0, 1.0, -1.0]) for name in TUNED[1:3]}
+    names = {"np": np, "stats": stats, "glue": lambda *_: None, "TUNED": dict.fromkeys(TUNED), "tuned_f1": close}
+    names |= {"frozen": {"frozen": frozen}}
+    names["means"] = {"nearest name": [60.0] * 7, "frozen": [np.mean(frozen[n]) for n in amounts]}
+    exec(of_amounts, dict(names))
+    for key in close:
+        others = [np.array(frozen[key[1]]) + shift for shift in ([9.0, 9.1, 9.2], [-9.0, -9.1, -9.2])]
+        for other in others if key[0] != TUNED[0] or key[1] == 64 else others[1:]:
+            with pytest.raises(AssertionError):
+                exec(of_amounts, names | {"tuned_f1": close | {key: other}})
+    with pytest.raises(AssertionError):
+        exec(of_amounts, names | {"means": names["means"] | {"nearest name": [40.0] * 7}})
