@@ -73,6 +73,7 @@ NEXT = ["instruction, bare"]
 # these need comes along, except for what such an image has.
 WHEELS = ["transformers", "peft", "trl", "datasets", "accelerate"]
 WHEELS += ["bitsandbytes", "gguf", "ipython", "statsmodels", "seaborn"]
+WHEELS += ["platformdirs", "charset-normalizer"]
 PRESENT = {"torch", "numpy", "scipy", "pandas", "scikit-learn", "pyarrow"}
 PRESENT |= {"matplotlib", "packaging", "pyyaml", "tqdm", "typing-extensions"}
 PRESENT |= {"regex", "safetensors", "psutil", "aiohttp", "requests", "jinja2"}
