@@ -394,10 +394,15 @@ def test_copy_buttons_copy_the_code_of_their_cell(visit):
     page.set_viewport_size(WIDE)
     copied = page.evaluate(
         """async () => {
-            const texts = [];
+            const texts = [], wait = () => new Promise(done => setTimeout(done, 25));
             for (const button of document.querySelectorAll('.cell_input .copybtn')) {
                 button.click();
-                texts.push(await navigator.clipboard.readText());
+                let text = await navigator.clipboard.readText();
+                for (let i = 0; i < 40 && text == texts.at(-1); i++) { // no two cells are equal
+                    await wait();
+                    text = await navigator.clipboard.readText();
+                }
+                texts.push(text);
             }
             return texts;
         }"""

@@ -238,13 +238,15 @@ def settings_of(found: list[tuple[dict, dict]]) -> list[dict]:
             made = [record for record, _ in by_seed.values()]
             rows = [row for _, row in sorted(by_seed.values(), key=seed_of)]
             mean, low, high = mean_and_interval(made)
+            settings_then = made[0]["key"]["settings"]
             about = {"profile": rows[0]["profile"]}
+            if "precision" in settings_then:  # what it was says more
+                about = {
+                    "precision": rows[0]["quantization"] or rows[0]["dtype"]
+                }
             shown.append(
                 {
-                    "key": {
-                        "settings": made[0]["key"]["settings"],
-                        "about": about,
-                    },
+                    "key": {"settings": settings_then, "about": about},
                     **{
                         n: rows[0][n]
                         for n in ("method", "family", "base_model")
