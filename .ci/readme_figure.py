@@ -20,11 +20,10 @@ from helpers.plots import PALETTE, set_style  # noqa: E402
 
 PICTURE = ROOT / "book" / "_static" / "answer.png"
 ENCODER = "MiniLM, fine-tuned"
-LINES = {  # with the cue and with the instruction
-    "head": (("head, random start",), ("head, instruction",)),
-    "tuned language model": (("instruction, bare",), ("instruction, labels named", "instruction, labels not named")),
+LINES = {  # with the cue and with the instruction, of which a task has one kind
+    "head": (("head, random start", "head, instruction"), "o-", 0),
+    "tuned language model": (("instruction, bare", "instruction, labels named", "instruction, labels not named"), "D-", 1),
 }
-LOOKS = {"head": ("o-", 0), "tuned language model": ("D-", 1)}
 TASKS = {
     ("bbc-headlines", 8): "headlines, 8 per class",
     ("bbc-headlines", 32): "headlines, 32 per class",
@@ -37,7 +36,7 @@ TASKS = {
 
 def scores() -> pd.DataFrame:
     """Macro-F1 in percent by task, approach and seed: both approaches on a GPU, the small encoder on a CPU."""
-    rows, approaches = [], {name for pair in LINES.values() for names in pair for name in names}
+    rows, approaches = [], {name for names, *_ in LINES.values() for name in names}
     for file, names in (("fair_gpu", approaches), ("fair", {ENCODER})):
         for record in records.read(ROOT / "book" / "results" / f"{file}.jsonl"):
             key = record["key"]
@@ -61,13 +60,12 @@ def main() -> None:
     figure, panels = plt.subplots(2, 3, figsize=(8.4, 5), layout="constrained")
     for panel, task in zip(panels.flat, TASKS.values(), strict=True):
         means = table[table["task"] == task].groupby("approach")["macro_f1"].mean()
-        for label, names in LINES.items():
-            had = [means[name] for either in names for name in either if name in means]
-            look, color = LOOKS[label]
+        for label, (names, look, color) in LINES.items():
+            had = [means[name] for name in names if name in means]
             panel.plot(range(len(had)), had, look, color=sns.color_palette(PALETTE)[color], markersize=7, label=label)
         if ENCODER in means:
             panel.axhline(means[ENCODER], color="0.5", linestyle="--", zorder=1, label="small encoder")
-        lowest = min(means[names[0][0]] for names in LINES.values()) - 4
+        lowest = min(means[names[0]] for names, *_ in LINES.values()) - 4
         lowest = min(lowest, 78)  # 23 points in every panel, and none above 101
         panel.set(xlim=(-0.4, 1.4), ylim=(lowest, lowest + 23), xticks=(0, 1), xticklabels=("cue", "instruction"))
         panel.set_title(task, fontsize="medium")

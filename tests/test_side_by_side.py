@@ -1,6 +1,5 @@
 """Chapter 06, the decision guide and the comparison's records, computed once more by other means."""
 
-import ast
 import re
 
 import nbformat
@@ -151,7 +150,7 @@ INTERVALS = {  # of the t-test and of the bootstrap
 
 
 def claims(table):
-    """The cell that holds this table of claims, what it needs to run, and the table."""
+    """The cell with this table of claims, up to where they are held, and what it needs to run."""
     cells = nbformat.read(BOOK / "06_side_by_side.ipynb", 4).cells
     (source,) = [cell.source for cell in cells if "claim" in cell.metadata.get("tags", []) and f"{table} = {{" in cell.source]
     places = [*SETTINGS.values()]
@@ -159,9 +158,7 @@ def claims(table):
     names |= {name: globals()[name] for name in ("NAMED", "BARE", "RANDOM", "INSTRUCTED", "START", "PLAIN", "PROBE", "MINILM")}
     names |= {"COUNTS": COUNTS, "differences": lambda *_: np.array([1.0]), "said": {}}
     names |= {"t_interval": lambda *which: names["said"][which][0], "bootstrap": lambda *which: names["said"][which][1]}
-    tree = ast.parse(source)
-    last = max(i for i, node in enumerate(tree.body) if isinstance(node, ast.Expr) and ast.unparse(node) == f"hold({table})")
-    return ast.unparse(ast.Module(tree.body[: last + 1], [])), names
+    return source.rpartition(f"\nhold({table})")[0], names
 
 
 @pytest.mark.parametrize("table", ["SAID", "SAID_AGAIN"])
@@ -169,8 +166,8 @@ def test_every_verdict_fails_when_the_records_say_otherwise(table):
     source, names = claims(table)
     if table != "SAID":
         before, _ = claims("SAID")
-        exec(before.rpartition("\nhold(")[0], names)
-    exec(source.rpartition("\nhold(")[0], names)
+        exec(before, names)
+    exec(source, names)
     right = {tuple(sides): INTERVALS[said] for *sides, said in names[table].values()}
     assert len(right) == len(names[table]) >= 15
     names["said"].update(right)
@@ -190,8 +187,8 @@ def test_the_verdicts_are_those_of_the_records_by_other_means(records):
 
     for table in ("SAID", "SAID_AGAIN"):
         source, names = claims("SAID")
-        exec(source.rpartition("\nhold(")[0], names)
-        exec(claims(table)[0].rpartition("\nhold(")[0], names)
+        exec(source, names)
+        exec(claims(table)[0], names)
         for place, one, other, said in names[table].values():
             sides = [[100 * macro_f1(record) for record in records[place, name]] for name in (one, other)]
             n = min(map(len, sides))

@@ -99,9 +99,9 @@ def plan(
     size, data = {name: sizes.get(name) or most for name, most in SIZES[profile].items()}, own_data.cut(data)
     tokenizer, suffix = base_models.load_tokenizer(base_model), f"\n\nThe {of} of this text is"
     prompts.check_open_end(tokenizer)
-    named = not data.multi_label and len(data.labels) <= NAMED
-    prompt = {"prefix": f"Classify the text by its {of} into {{labels}}.\n\ntext: ", "suffix": "\n\nlabel:"}
-    prompt = prompt if named else {"suffix": suffix}
+    prompt = {"suffix": suffix}
+    if not data.multi_label and len(data.labels) <= NAMED:
+        prompt = {"prefix": f"Classify the text by its {of} into {{labels}}.\n\ntext: ", "suffix": "\n\nlabel:"}
     frame = "".join(prompt.values()).replace("{labels}", ", ".join(data.labels))
     room = tokenizer.model_max_length - max(len(tokenizer(f"{frame} {label}").input_ids) for label in data.labels) - 8
     if size["tokens"] > room:
